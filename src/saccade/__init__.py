@@ -1,0 +1,38 @@
+"""saccade: describe any attention, run it fast, drop it into a model, look inside it, measure it against the others."""
+
+from saccade import nn, reference, systems, testing
+from saccade.cost import Shape
+from saccade.errors import MechanismError, NotSupported
+from saccade.mechanism import ByHead, Join, Mechanism, Mix, Pairwise, Recurrent, causal, mechanism, system
+from saccade.parts.normalizer import merge
+from saccade.parts.state import State
+from saccade.plan import Attended, Plan, Weights, attend, init_state, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attended",
+    "ByHead",
+    "Join",
+    "Mechanism",
+    "MechanismError",
+    "Mix",
+    "NotSupported",
+    "Pairwise",
+    "Plan",
+    "Recurrent",
+    "Shape",
+    "State",
+    "Weights",
+    "attend",
+    "causal",
+    "init_state",
+    "mechanism",
+    "merge",
+    "nn",
+    "plan",
+    "reference",
+    "system",
+    "systems",
+    "testing",
+]

@@ -1,0 +1,172 @@
+"""Quality and recall cells: a small model is trained from scratch and scored on what it has not seen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import saccade as sc
+from saccade.tasks import text
+from saccade.tasks.recall import SILENT, Recall, accuracy
+
+_BITS = 1 / math.log(2)
+_CURVE_POINTS = 24
+_HELDOUT_TOKENS = 8192  # scored at once
+_QUESTIONS = 2048
+
+
+def quality(job: dict[str, Any]) -> dict[str, Any]:
+    """Bits per byte on held-out text after a budget of training tokens."""
+    s, device = job["settings"], job["device"]
+    path = job["corpus"]["path"]
+    corpus = text.load(Path(path) if path else None, window=s["length"])
+    if corpus.sha256 != job["corpus"]["sha256"]:
+        raise ValueError(f"{corpus.name} changed while the comparison ran: start it again")
+    model = _model(job, text.VOCAB, s["length"])
+    generator = torch.Generator().manual_seed(job["seed"])
+    steps = max(1, s["tokens"] // (s["batch"] * s["length"]))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(steps):
+            rows = corpus.batch(s["batch"], s["length"], generator).to(device)
+            yield rows[:, :-1], rows[:, 1:]
+
+    start = time.perf_counter()
+    losses = fit(model, batches(), steps, s["learning_rate"])
+    seconds = time.perf_counter() - start
+    trained = steps * s["batch"] * s["length"]
+    per_window = _heldout_bits(model, corpus.windows(s["length"]), device)
+    curve = _curve(losses, trained // steps)
+    return {
+        f"quality/{job['mechanism']}/{job['seed']}": {
+            "bits_per_byte": float(per_window.mean()),
+            "train_bits_per_byte": curve[-1][1],
+            "window_bits": [round(b, 4) for b in per_window.tolist()],
+            "tokens": trained,
+            "tokens_per_second": round(trained / seconds),
+            "curve": curve,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "baseline": corpus.baseline(s["length"]),
+        }
+    }
+
+
+def recall(job: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of one model, trained on all lengths in turn, at each of them."""
+    s, device = job["settings"], job["device"]
+    tasks = [Recall(n, pairs=s["pairs"], queries=s["queries"]) for n in s["lengths"]]
+    shown = _easy_to_hard(s["pairs"])
+    model = _model(job, tasks[0].vocab, max(s["lengths"]))
+    generator = torch.Generator().manual_seed(job["seed"])
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(s["steps"]):
+            task = tasks[step % len(tasks)]
+            pairs = shown[step // len(tasks) % len(shown)]
+            tokens, targets = task.batch(max(1, s["tokens"] // task.length), generator, pairs)
+            yield tokens.to(device), targets.to(device)
+
+    fit(model, batches(), s["steps"], s["learning_rate"])
+    return {
+        f"recall/{job['mechanism']}/{task.length}/{job['seed']}": _recalled(model, task, job["seed"], device)
+        for task in tasks
+    }
+
+
+def fit(
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, learning_rate: float
+) -> list[float]:
+    """Train with AdamW, warm-up, cosine decay and clipped gradients; the loss of each step in bits."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(steps))
+    losses = []
+    model.train()
+    for tokens, targets in batches:
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=SILENT)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()) * _BITS)
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"training diverged: the loss was {losses[-1]} at step {len(losses)} of {steps}")
+    return losses
+
+
+def warm_up_then_cosine(steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate: up over a tenth of the steps, then down to a tenth."""
+    warm = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+
+    return factor
+
+
+def _model(job: dict[str, Any], vocab: int, length: int) -> nn.Module:
+    torch.manual_seed(job["seed"])
+    s = job["settings"]
+    model = sc.nn.Transformer(
+        vocab=vocab,
+        dim=s["dim"],
+        depth=s["depth"],
+        heads=s["heads"],
+        mechanism=job["text"],
+        max_length=length,
+    )
+    return model.to(job["device"])
+
+
+@torch.no_grad()
+def _heldout_bits(model: nn.Module, windows: Tensor, device: str) -> Tensor:
+    """Mean bits per byte of each window."""
+    model.eval()
+    bits = []
+    for rows in windows.split(max(1, _HELDOUT_TOKENS // windows.shape[1])):
+        rows = rows.to(device)
+        loss = F.cross_entropy(model(rows[:, :-1]).transpose(1, 2), rows[:, 1:], reduction="none")
+        bits.append(loss.mean(1).cpu() * _BITS)
+    return torch.cat(bits)
+
+
+@torch.no_grad()
+def _recalled(model: nn.Module, task: Recall, seed: int, device: str) -> dict[str, Any]:
+    model.eval()
+    generator = torch.Generator().manual_seed(2**32 + seed)
+    tokens, targets = task.batch(_QUESTIONS // task.queries, generator)
+    logits = torch.cat([model(part.to(device)).cpu() for part in tokens.split(8)])
+    return {
+        "length": task.length,
+        "accuracy": accuracy(logits, targets),
+        "chance": task.chance,
+        "questions": int((targets != SILENT).sum()),
+        "reach": f"the answer lies at least {task.beyond} tokens back",
+    }
+
+
+def _easy_to_hard(pairs: int) -> list[int]:
+    """A few pairs, some, all: with few, a model finds out sooner what is asked."""
+    return sorted({max(1, pairs // 4), max(1, pairs // 2), pairs})
+
+
+def _curve(losses: list[float], tokens: int) -> list[list[float]]:
+    """Mean bits over equal stretches of training, each at its last token."""
+    points = min(_CURVE_POINTS, len(losses))
+    ends = [len(losses) * (n + 1) // points for n in range(points)]
+    starts = [0, *ends[:-1]]
+    return [
+        [end * tokens, round(sum(losses[start:end]) / (end - start), 4)]
+        for start, end in zip(starts, ends, strict=True)
+    ]

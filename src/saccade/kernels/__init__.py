@@ -1,0 +1,1 @@
+"""How mechanisms are computed. A kernel declares what it runs; the plan chooses."""

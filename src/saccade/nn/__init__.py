@@ -1,0 +1,6 @@
+"""Layers made from mechanisms."""
+
+from saccade.nn.attention import Attention
+from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
+
+__all__ = ["Attention", "Encoder", "EncoderDecoder", "Transformer"]

@@ -1,0 +1,201 @@
+"""A small pre-norm Transformer: decoder, encoder, encoder-decoder. Any mechanism goes in by its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from saccade.mechanism import Mechanism, causal
+from saccade.mechanism import mechanism as parse
+from saccade.nn.attention import Attention
+from saccade.parts.state import State
+
+
+class FeedForward(nn.Sequential):
+    """Two linear maps around a GELU, `ratio` times as wide inside."""
+
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        super().__init__(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), with cross-attention between when asked, then x + feed-forward(norm x)."""
+
+    def __init__(self, dim: int, heads: int, mechanism: Mechanism, cross: Mechanism | None = None) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads, mechanism)
+        self.cross_norm = nn.LayerNorm(dim) if cross is not None else None
+        self.cross = Attention(dim, heads, cross) if cross is not None else None
+        self.feed_forward = FeedForward(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.norm1(x), key_lengths=lengths)
+        return self._rest(x, memory, memory_lengths)
+
+    def step(
+        self, x: Tensor, state: State, memory: Tensor | None = None, memory_lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        mixed, state = self.attention.step(self.norm1(x), state)
+        return self._rest(x + mixed, memory, memory_lengths), state
+
+    def _rest(self, x: Tensor, memory: Tensor | None, memory_lengths: Tensor | None) -> Tensor:
+        if self.cross is not None and self.cross_norm is not None:
+            x = x + self.cross(self.cross_norm(x), memory, key_lengths=memory_lengths)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Stack(nn.ModuleList):
+    """Blocks in order."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
+class Embedding(nn.Module):
+    """Token vectors plus learned position vectors."""
+
+    def __init__(self, vocab: int, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocab, dim), nn.Embedding(max_length, dim)
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        end = start + tokens.shape[1]
+        if end > self.positions.num_embeddings:
+            raise ValueError(
+                f"{end} tokens are more than max_length={self.positions.num_embeddings}; build the model with a larger one"
+            )
+        return self.tokens(tokens) + self.positions.weight[start:end]
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: tokens (B, L) to logits (B, L, vocab).
+
+    The mechanism is made causal; one without a causal form is refused. `init_state` and `step` decode token by token.
+
+    >>> model = Transformer(vocab=16, dim=32, depth=1, heads=2, mechanism="window(4)", max_length=8)
+    >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
+    torch.Size([1, 8, 16])
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        mechanism: str | Mechanism = "causal",
+        max_length: int = 512,
+    ) -> None:
+        super().__init__()
+        self.mechanism = causal(parse(mechanism))
+        self.embedding = Embedding(vocab, dim, max_length)
+        self.blocks = Stack(Block(dim, heads, self.mechanism) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.norm(x) @ self.embedding.tokens.weight.T
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits of the next token at every position; later positions than `lengths` (B,) are padding."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, lengths)
+        return self._logits(x)
+
+    def init_state(self, batch: int) -> list[State]:
+        """One state a block, before the first token."""
+        return [block.attention.init_state(batch) for block in self.blocks]
+
+    def step(self, tokens: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+        """Logits of new tokens (B, n) after the tokens that the states have seen, and the states after them."""
+        x = self.embedding(tokens, states[0].length)
+        after = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block.step(x, state)
+            after.append(state)
+        return self._logits(x), after
+
+
+class Encoder(nn.Module):
+    """Tokens (B, L) to features (B, L, dim); every token may read every other unless the mechanism says otherwise."""
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        mechanism: str | Mechanism = "full",
+        max_length: int = 512,
+    ) -> None:
+        super().__init__()
+        self.embedding = Embedding(vocab, dim, max_length)
+        self.blocks = Stack(Block(dim, heads, parse(mechanism)) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Features of every token; later positions than `lengths` (B,) are padding."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, lengths)
+        return self.norm(x)
+
+
+class EncoderDecoder(nn.Module):
+    """Source tokens (B, S) and target tokens (B, L) to logits (B, L, vocab); the decoder reads the encoder's features."""
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        mechanism: str | Mechanism = "full",
+        cross: str | Mechanism = "full",
+        max_length: int = 512,
+    ) -> None:
+        super().__init__()
+        own = parse(mechanism)
+        self.encoder = Encoder(vocab, dim, depth, heads, own, max_length)
+        self.embedding = Embedding(vocab, dim, max_length)
+        self.blocks = Stack(Block(dim, heads, causal(own), parse(cross)) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next target token at every position."""
+        memory, x = self.encoder(source, source_lengths), self.embedding(target)
+        for block in self.blocks:
+            x = block(x, target_lengths, memory, source_lengths)
+        return self.norm(x) @ self.embedding.tokens.weight.T
+
+    @torch.no_grad()
+    def greedy(self, source: Tensor, start: int, length: int, source_lengths: Tensor | None = None) -> Tensor:
+        """The likeliest next token, `length` times, after the token `start`: (B, length)."""
+        memory = self.encoder(source, source_lengths)
+        states = [block.attention.init_state(source.shape[0]) for block in self.blocks]
+        token = torch.full((source.shape[0], 1), start, dtype=torch.long, device=source.device)
+        found = []
+        for at in range(length):
+            x = self.embedding(token, at)
+            for n, block in enumerate(self.blocks):
+                x, states[n] = block.step(x, states[n], memory, source_lengths)
+            token = (self.norm(x) @ self.embedding.tokens.weight.T).argmax(-1)
+            found.append(token)
+        return torch.cat(found, dim=1)

@@ -1,0 +1,200 @@
+"""What every part is: a frozen value with a unique text name, checked arguments and declared needs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from saccade.errors import MechanismError
+
+Causality = Literal["safe", "leak", "never"]
+
+PARTS: dict[str, type[Part]] = {}
+NAMES: dict[str, Callable[..., Any]] = {}
+
+
+def arg(
+    default: Any = MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field whose range is checked when the value is made."""
+    return field(default=default, metadata={"at_least": at_least, "above": above, "choices": choices})
+
+
+def register(name: str, maker: Callable[..., Any]) -> None:
+    """Give `name` to a part class or a constructor; names are unique across kinds."""
+    if name in NAMES and NAMES[name] is not maker:
+        raise MechanismError(f"the name {name!r} is taken by {NAMES[name]!r}; choose another")
+    NAMES[name] = maker
+
+
+def nearest(name: str) -> str:
+    """The registered names closest to `name`, as the end of an error message."""
+    close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.5)
+    close += [n for n in sorted(NAMES) if n.startswith(name[:3]) and n not in close][:3]
+    listing = ", ".join(close) if close else ", ".join(sorted(NAMES))
+    return f"nearest names: {listing}" if close else f"known names: {listing}"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A learned tensor that a part declares: its shape and how it starts."""
+
+    shape: tuple[int, ...]
+    init: Literal["normal", "zeros", "ones", "eye"] = "normal"
+    std: float = 0.02
+
+    def make(self, generator: torch.Generator | None = None) -> Tensor:
+        """A fresh tensor of this shape."""
+        if self.init == "eye":
+            return torch.eye(self.shape[-2], self.shape[-1]).expand(self.shape).clone()
+        if self.init == "normal":
+            return torch.randn(self.shape, generator=generator) * self.std
+        return torch.full(self.shape, float(self.init == "ones"))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A per-token, per-head number besides q, k and v: which tokens carry it, and how a layer makes it from its input.
+
+    A layer projects its input to one number a head, through `hidden` tanh units a head when given; a stream of
+    `positions` is then squashed to 0..S, the number of keys.
+    """
+
+    side: Literal["q", "k"]
+    hidden: int = 0
+    positions: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a part may ask for when it declares its weights, streams and buffers."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A frozen piece of a mechanism.
+
+    `kind` says where it belongs, `name` is its word in the text form, `reach` what it must see of a row
+    before it can weigh one pair, `causal` whether it keeps the future out of earlier outputs.
+    """
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    reach: ClassVar[str] = "pair"
+    causal: ClassVar[Causality] = "safe"
+    relative: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__ and cls.name:
+            register(cls.name, cls)
+            PARTS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=False)
+        for f in fields(self):
+            check_argument(
+                f"{self.name or type(self).__name__}",
+                f.name,
+                getattr(self, f.name),
+                hints[f.name],
+                f.metadata,
+            )
+
+    def weights(self, sizes: Sizes) -> dict[str, Weight]:
+        """Learned tensors, by name."""
+        return {}
+
+    def streams(self, sizes: Sizes) -> dict[str, Stream]:
+        """Per-token inputs besides q, k and v, by name."""
+        return {}
+
+    def buffers(self, sizes: Sizes, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Tensors that are kept beside the weights and change only by an explicit refresh."""
+        return {}
+
+    def refresh(
+        self,
+        buffers: dict[str, Tensor],
+        q: Tensor,
+        k: Tensor,
+        valid: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """New values of this part's buffers, given mapped queries (b, h, L, d) and keys (b, g, S, d)."""
+        return {}
+
+    def __str__(self) -> str:
+        return call_text(self.name, self)
+
+
+def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) -> None:
+    """Raise MechanismError unless `value` has the type `hint` and lies within `limits`."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    simple = tuple(t for t in allowed if t in (int, float, str, bool, type(None)))
+    if not simple:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = any(
+        (t is float and number)
+        or (t is int and number and isinstance(value, int))
+        or (t not in (int, float) and isinstance(value, t))
+        for t in simple
+    )
+    words = " or ".join(
+        {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}.get(t, "none")
+        for t in simple
+    )
+    low, above, choices = (limits.get(x) for x in ("at_least", "above", "choices"))
+    wanted = words
+    if low is not None:
+        wanted += f" of at least {low:g}"
+    if above is not None:
+        wanted += f" above {above:g}"
+    if choices:
+        wanted = "one of " + ", ".join(choices)
+    finite = not (number and not math.isfinite(value))
+    in_range = not number or ((low is None or value >= low) and (above is None or value > above))
+    if not right or not finite or not in_range or (choices and value not in choices):
+        raise MechanismError(f"{owner}: {name} must be {wanted}, got {value!r}")
+
+
+def value_text(value: Any) -> str:
+    """An argument as the text form writes it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(value_text, value)) + ("," if len(value) == 1 else "") + ")"
+    return str(value)
+
+
+def call_text(name: str, part: Any) -> str:
+    """`name(arguments)` with defaults left out; the first field is positional."""
+    given = []
+    for at, f in enumerate(f for f in fields(part) if f.init):
+        value = getattr(part, f.name)
+        if f.default is not MISSING and value == f.default:
+            continue
+        given.append(value_text(value) if at == 0 else f"{f.name}={value_text(value)}")
+    return f"{name}({', '.join(given)})" if given else name

@@ -1,0 +1,362 @@
+"""Which pairs exist by position, and the algebra that joins masks and selections.
+
+A limit (`causal`) intersects with the rest; an allowance (`window`, `sink`, ...) unites with the others.
+Legend: i is a query position, j a key position, True means that i may read j.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from saccade.errors import MechanismError
+from saccade.parts.base import Part, arg
+
+Span = tuple[int, int]
+
+
+class Pairs(Part):
+    """An expression over pairs: masks by position and selections by content, joined with & and |."""
+
+    kind = "pairs"
+    joins: ClassVar[Literal["and", "or"]] = "or"
+    looks_back: ClassVar[bool] = False
+    shift_invariant: ClassVar[bool] = False
+
+    def __and__(self, other: Pairs) -> Pairs:
+        if isinstance(self, Full) or isinstance(other, Full):
+            return other if isinstance(self, Full) else self
+        return And(_flat(And, self) + _flat(And, other))
+
+    def __or__(self, other: Pairs) -> Pairs:
+        if isinstance(self, Full) or isinstance(other, Full):
+            return Full()
+        return Or(_flat(Or, self) + _flat(Or, other))
+
+    def leaves(self) -> tuple[Pairs, ...]:
+        """The atoms of the expression, in order."""
+        return (self,)
+
+    @property
+    def horizon(self) -> int | None:
+        """How many latest keys, the own one included, a query can ever read; None when unbounded."""
+        return None
+
+
+class Mask(Pairs):
+    """Existence by position alone. `exist` is elementwise in i and j."""
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        """Boolean, in the broadcast shape of i (..., Q, 1) and j (..., 1, K)."""
+        raise NotImplementedError
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        """Key intervals, ascending and disjoint, that cover all keys that rows [i0, i1) may read."""
+        return [(0, keys)]
+
+    def count(self, i0: int, i1: int, keys: int) -> int:
+        """How many pairs rows [i0, i1) have, counted by evaluating `exist` on the covered spans."""
+        total = 0
+        rows = torch.arange(i0, i1)[:, None]
+        for lo, hi in self.spans(i0, i1, keys):
+            total += int(self.exist(rows, torch.arange(lo, hi)[None, :]).sum())
+        return total
+
+
+@dataclass(frozen=True)
+class And(Pairs):
+    """Pairs that every member has."""
+
+    parts: tuple[Pairs, ...] = ()
+
+    def __post_init__(self) -> None:
+        pass
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(p.shift_invariant for p in self.parts)
+
+    @property
+    def looks_back(self) -> bool:  # type: ignore[override]
+        return any(p.looks_back for p in self.parts)
+
+    @property
+    def horizon(self) -> int | None:
+        return min((h for p in self.parts if (h := p.horizon) is not None), default=None)
+
+    def leaves(self) -> tuple[Pairs, ...]:
+        return tuple(leaf for p in self.parts for leaf in p.leaves())
+
+    def __str__(self) -> str:
+        return " & ".join(f"({p})" if isinstance(p, Or) else str(p) for p in self.parts)
+
+
+@dataclass(frozen=True)
+class Or(Pairs):
+    """Pairs that any member has."""
+
+    parts: tuple[Pairs, ...] = ()
+
+    def __post_init__(self) -> None:
+        pass
+
+    @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return all(p.shift_invariant for p in self.parts)
+
+    @property
+    def looks_back(self) -> bool:  # type: ignore[override]
+        return all(p.looks_back for p in self.parts)
+
+    @property
+    def horizon(self) -> int | None:
+        hs = [p.horizon for p in self.parts]
+        return None if None in hs else max(h for h in hs if h is not None)
+
+    def leaves(self) -> tuple[Pairs, ...]:
+        return tuple(leaf for p in self.parts for leaf in p.leaves())
+
+    def __str__(self) -> str:
+        return " | ".join(f"({p})" if isinstance(p, And) else str(p) for p in self.parts)
+
+
+def _flat(join: type[And] | type[Or], p: Pairs) -> tuple[Pairs, ...]:
+    return p.parts if isinstance(p, join) else (p,)
+
+
+def merge_spans(spans: list[Span]) -> list[Span]:
+    """Sorted, disjoint spans with the same cover; empty ones dropped."""
+    merged: list[Span] = []
+    for lo, hi in sorted(s for s in spans if s[1] > s[0]):
+        if merged and lo <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
+        else:
+            merged.append((lo, hi))
+    return merged
+
+
+def _clip(lo: int, hi: int, keys: int) -> list[Span]:
+    return merge_spans([(max(0, lo), min(keys, hi))])
+
+
+def cover(pairs: Pairs, i0: int, i1: int, keys: int) -> list[Span]:
+    """Key spans that rows [i0, i1) may read under a whole expression; a selection may read anything."""
+    if isinstance(pairs, And):
+        out = [(0, keys)]
+        for p in pairs.parts:
+            inner = cover(p, i0, i1, keys)
+            out = [(max(a, c), min(b, d)) for a, b in out for c, d in inner if max(a, c) < min(b, d)]
+        return merge_spans(out)
+    if isinstance(pairs, Or):
+        return merge_spans([s for p in pairs.parts for s in cover(p, i0, i1, keys)])
+    return pairs.spans(i0, i1, keys) if isinstance(pairs, Mask) else [(0, keys)]
+
+
+def static_exist(pairs: Pairs, i: Tensor, j: Tensor) -> Tensor:
+    """Existence of an expression that holds masks only."""
+    if isinstance(pairs, And | Or):
+        terms = [static_exist(p, i, j) for p in pairs.parts]
+        out = terms[0]
+        for term in terms[1:]:
+            out = out & term if isinstance(pairs, And) else out | term
+        return out
+    assert isinstance(pairs, Mask)
+    return pairs.exist(i, j)
+
+
+def is_static(pairs: Pairs) -> bool:
+    """True when position alone decides which pairs exist."""
+    return all(isinstance(leaf, Mask) for leaf in pairs.leaves())
+
+
+def split(pairs: Pairs) -> tuple[Pairs, Pairs | None, tuple[Pairs, ...]] | None:
+    """`limit & (allow | select ...)` as (limit, allow, selects), or None when the expression has another form."""
+    terms = _flat(And, pairs)
+    limits = [t for t in terms if is_static(t)]
+    rest = [t for t in terms if not is_static(t)]
+    limit: Pairs = Full()
+    for t in limits:
+        limit = limit & t
+    if not rest:
+        return limit, None, ()
+    if len(rest) > 1:
+        return None
+    members = _flat(Or, rest[0])
+    if any(isinstance(m, And) for m in members):
+        return None
+    allowed = [m for m in members if isinstance(m, Mask)]
+    allow: Pairs | None = None
+    for m in allowed:
+        allow = m if allow is None else allow | m
+    return limit, allow, tuple(m for m in members if not isinstance(m, Mask))
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Every query reads every key."""
+
+    name = "full"
+    joins = "and"
+    shift_invariant = True
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool, device=i.device)
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """A query reads its own key and earlier ones."""
+
+    name = "causal"
+    joins = "and"
+    gives = frozenset({"key order"})
+    looks_back = True
+    shift_invariant = True
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(0, i1, keys)
+
+
+@dataclass(frozen=True)
+class Window(Mask):
+    """The `width` latest keys, the own one included."""
+
+    width: int = arg(at_least=1)
+
+    name = "window"
+    looks_back = True
+    shift_invariant = True
+
+    @property
+    def horizon(self) -> int:
+        return self.width
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (j > i - self.width)
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(i0 - self.width + 1, i1, keys)
+
+
+@dataclass(frozen=True)
+class Neighborhood(Mask):
+    """The `width` keys around the own one, on both sides, `dilation` apart; the width is odd.
+
+    Near a border the window is cut, so a border query reads fewer keys.
+    """
+
+    width: int = arg(at_least=1)
+    dilation: int = arg(1, at_least=1)
+
+    name = "neighborhood"
+    shift_invariant = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % 2 == 0:
+            raise MechanismError(
+                f"neighborhood: width must be odd, so that both sides are alike, got {self.width}; "
+                f"use {self.width - 1} or {self.width + 1}, or window({self.width}) for the latest keys only"
+            )
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        gap = (i - j).abs()
+        near = gap <= (self.width // 2) * self.dilation
+        return near & (gap % self.dilation == 0) if self.dilation > 1 else near
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        side = (self.width // 2) * self.dilation
+        return _clip(i0 - side, i1 + side, keys)
+
+
+@dataclass(frozen=True)
+class Dilated(Mask):
+    """The `width` latest keys of those `step` apart, the own one included."""
+
+    width: int = arg(at_least=1)
+    step: int = arg(2, at_least=1)
+
+    name = "dilated"
+    looks_back = True
+    shift_invariant = True
+
+    @property
+    def horizon(self) -> int:
+        return (self.width - 1) * self.step + 1
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        gap = i - j
+        return (gap >= 0) & (gap < self.width * self.step) & (gap % self.step == 0)
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(i0 - (self.width - 1) * self.step, i1, keys)
+
+
+@dataclass(frozen=True)
+class Strided(Mask):
+    """All keys a multiple of `step` back, the own one included (Child et al., Sparse Transformers, 2019)."""
+
+    step: int = arg(at_least=1)
+
+    name = "strided"
+    looks_back = True
+    shift_invariant = True
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & ((i - j) % self.step == 0)
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(0, i1, keys)
+
+
+@dataclass(frozen=True)
+class Chunk(Mask):
+    """Keys of the query's own block of `size` tokens, later ones included."""
+
+    size: int = arg(at_least=1)
+
+    name = "chunk"
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return torch.div(i, self.size, rounding_mode="floor") == torch.div(
+            j, self.size, rounding_mode="floor"
+        )
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(i0 // self.size * self.size, -(-i1 // self.size) * self.size, keys)
+
+
+@dataclass(frozen=True)
+class Sink(Mask):
+    """The first `count` keys, readable by every query (Xiao et al., Efficient Streaming Language Models, 2023)."""
+
+    first: int = arg(4, at_least=1)
+
+    name = "sink"
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return (j < self.first) & (i > -1)
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(0, self.first, keys)
+
+
+@dataclass(frozen=True)
+class Global(Mask):
+    """The first `tokens` read every key and are read by every query (Beltagy et al., Longformer, 2020)."""
+
+    tokens: int = arg(1, at_least=1)
+
+    name = "global"
+
+    def exist(self, i: Tensor, j: Tensor) -> Tensor:
+        return (j < self.tokens) | (i < self.tokens)
+
+    def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
+        return _clip(0, keys if i0 < self.tokens else self.tokens, keys)

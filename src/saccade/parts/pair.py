@@ -1,0 +1,251 @@
+"""A mechanism bound to tensors: what needs the whole sequence is done once, tiles can then be asked for.
+
+Legend: b batch, h query heads, g key-value heads, L queries, S keys, d key size, e value size; Q x K one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from saccade.mechanism.values import Pairwise
+from saccade.parts.base import Sizes
+from saccade.parts.mask import And, Full, Mask, Or, Pairs, Span, cover
+from saccade.parts.select import Select, Selection
+from saccade.parts.tokens import TokenMap
+
+
+@dataclass(frozen=True)
+class Context:
+    """The tensors of one call, as parts see them.
+
+    Query row r stands at position r + offset; `ends` (b,) are the key counts of a ragged batch, or None. In a ragged
+    batch with as many queries as keys the padding is shared and row r stands at r; otherwise the L queries are the
+    last L of each sample's keys, and `offset` is None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    offset: int | None = 0
+    start: int = 0
+    ends: Tensor | None = None
+    mask: Tensor | None = None
+    params: dict[str, Tensor] = field(default_factory=dict)
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    selection: Selection | None = None
+    decoding: bool = False
+    looks_back: bool = False
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.q.shape[1], self.k.shape[1], self.q.shape[-1], self.v.shape[-1])
+
+    @property
+    def i(self) -> Tensor:
+        """Query positions, (b or 1, L)."""
+        rows = torch.arange(self.q.shape[2], device=self.q.device)
+        if self.offset is not None:
+            return (rows + self.offset)[None]
+        assert self.ends is not None
+        return rows + (self.ends[:, None] - self.q.shape[2])
+
+    @property
+    def j(self) -> Tensor:
+        """Key positions, (1, S)."""
+        return torch.arange(self.start, self.start + self.k.shape[2], device=self.k.device)[None]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which keys are no padding, (b, S), or None when all are."""
+        return (
+            None
+            if self.ends is None
+            else torch.arange(self.k.shape[2], device=self.k.device) < self.ends[:, None]
+        )
+
+    @property
+    def query_valid(self) -> Tensor | None:
+        """Which queries are no padding, (b, L), or None when all are."""
+        shared = self.ends is not None and self.offset is not None
+        return self.valid if shared and self.q.shape[2] == self.k.shape[2] else None
+
+    @property
+    def key_ends(self) -> Tensor:
+        """Key counts, (b or 1,)."""
+        return torch.tensor([self.k.shape[2]], device=self.k.device) if self.ends is None else self.ends
+
+
+def map_tokens(tokens: Sequence[TokenMap], c: Context, new_keys: int) -> Context:
+    """Apply the token maps to q and to the last `new_keys` keys; earlier keys of a cache are mapped already."""
+    q, k = c.q, c.k
+    old, new = k[:, :, : k.shape[2] - new_keys], k[:, :, k.shape[2] - new_keys :]
+    positions = c.j[:, k.shape[2] - new_keys :]
+    for part in tokens:
+        q, new = part.map(q, c.i), part.map(new, positions)
+    return replace(c, q=q, k=torch.cat((old, new), dim=2) if old.shape[2] else new) if tokens else c
+
+
+def without_padding(c: Context) -> Context:
+    """Keys and values of padding set to zero, so that whatever they held cannot reach a result."""
+    valid = c.valid
+    if valid is None:
+        return c
+    gone = ~valid[:, None, :, None]
+    return replace(c, k=c.k.masked_fill(gone, 0), v=c.v.masked_fill(gone, 0))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows against keys, as `tile` methods see them: i (b or 1, 1, Q, 1), j (1, 1, 1, K)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    i: Tensor
+    j: Tensor
+    rows: slice
+    cols: Tensor
+    streams: dict[str, Tensor]
+    params: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pairwise mechanism over a context whose tokens, summary and score are prepared."""
+
+    mechanism: Pairwise
+    context: Context
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    selections: dict[Select, Selection]
+    pairs: Pairs
+
+    @classmethod
+    def bind(cls, m: Pairwise, c: Context) -> Program:
+        """Do the token-level work of `m`; `c.q` and `c.k` have gone through the token maps."""
+        c = replace(without_padding(c), looks_back=m.causal)
+        pairs = m.pairs
+        selections: dict[Select, Selection] = {}
+        for leaf in pairs.leaves():
+            if isinstance(leaf, Select):
+                selections[leaf] = c.selection if c.selection is not None else leaf.choose(c)
+        k, v = c.k, c.v
+        if m.summary is not None:
+            k, v = m.summary.reduce(k, v, c.valid, c.params)
+            c = replace(c, k=k, v=v, ends=None)
+        q, k = m.score.prepare(c.q, k, c.params)
+        return cls(m, c, q, k, v, selections, pairs)
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.k.shape[2]
+
+    def spans(self, r0: int, r1: int) -> list[Span]:
+        """Key index intervals that cover what rows [r0, r1) may read."""
+        c = self.context
+        if c.offset is None:
+            return [(0, self.keys)]
+        found = cover(self.pairs, r0 + c.offset, r1 + c.offset, c.start + self.keys)
+        return [(max(0, lo - c.start), hi - c.start) for lo, hi in found if hi > c.start]
+
+    def columns(self, spans: list[Span]) -> Tensor:
+        """Key indices of the spans, ascending."""
+        if not spans:
+            return torch.empty(0, dtype=torch.long, device=self.q.device)
+        return torch.cat([torch.arange(lo, hi, device=self.q.device) for lo, hi in spans])
+
+    def tile(
+        self,
+        rows: slice,
+        spans: list[Span],
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> Tile:
+        """The tile of `rows` and the keys of `spans`; q, k and v replace the prepared ones (whole, not sliced)."""
+        c = self.context
+        cols = self.columns(spans)
+        q, k, v = (new if new is not None else old for new, old in ((q, self.q), (k, self.k), (v, self.v)))
+        streams = {n: x[:, :, rows] for n, x in c.streams.items()}
+        return Tile(
+            q[:, :, rows],
+            take(k, spans),
+            take(v, spans),
+            c.i[:, None, rows, None],
+            (cols + c.start)[None, None, None],
+            rows,
+            cols,
+            streams,
+            c.params,
+        )
+
+    def exist(self, t: Tile) -> Tensor | None:
+        """Which pairs of the tile exist, broadcastable to (b, h, Q, K), or None when all do."""
+        c = self.context
+        found = self._exist(self.pairs, t)
+        if c.ends is not None:
+            kept = (t.cols < c.ends[:, None])[:, None, None]
+            found = kept if found is None else found & kept
+        if c.mask is not None:
+            mask = c.mask if c.mask.shape[-2] == 1 else c.mask[..., t.rows, :]
+            mask = mask if mask.shape[-1] == 1 else mask.index_select(-1, t.cols)
+            found = mask if found is None else found & mask
+        return found
+
+    def _exist(self, pairs: Pairs, t: Tile) -> Tensor | None:
+        if isinstance(pairs, Full):
+            return None
+        if isinstance(pairs, And | Or):
+            out: Tensor | None = None
+            for p in pairs.parts:
+                term = self._exist(p, t)
+                if term is None:
+                    if isinstance(pairs, Or):
+                        return None
+                    continue
+                out = term if out is None else (out & term if isinstance(pairs, And) else out | term)
+            return out
+        if isinstance(pairs, Mask):
+            return pairs.exist(t.i, t.j)
+        assert isinstance(pairs, Select)
+        return self.selections[pairs].exist(t.rows, t.j, t.cols)  # type: ignore[union-attr]
+
+    def logits(self, t: Tile) -> Tensor:
+        """Logits (b, h, Q, K), float32 or wider, -inf where no pair exists."""
+        wide = torch.promote_types(t.q.dtype, torch.float32)
+        s = self.mechanism.score.tile(t.q.to(wide), t.k.to(wide), t.params)
+        for part in self.mechanism.logits:
+            s = part.tile(s, t)
+        exist = self.exist(t)
+        return s if exist is None else s.masked_fill(~exist, -torch.inf)
+
+    def weights(self, t: Tile) -> tuple[Tensor, Tensor | None]:
+        """Weights of the tile's rows over its keys, which must be all that the rows may read, and the lse."""
+        if not t.cols.numel():
+            shape = t.q.shape[:3]
+            return t.q.new_zeros((*shape, 0)), torch.full(
+                shape, -torch.inf, device=t.q.device, dtype=torch.promote_types(t.q.dtype, torch.float32)
+            )
+        w, lse = self.mechanism.normalizer.normalize(self.logits(t))
+        for part in self.mechanism.reweight:
+            w = part.tile(w, t)
+        return w, lse
+
+
+def take(x: Tensor, spans: list[Span]) -> Tensor:
+    """The rows of x (b, g, S, d) that the spans name; a view when there is one span."""
+    if len(spans) == 1:
+        return x[:, :, spans[0][0] : spans[0][1]]
+    if not spans:
+        return x[:, :, :0]
+    return torch.cat([x[:, :, lo:hi] for lo, hi in spans], dim=2)

@@ -1,0 +1,111 @@
+"""How one query and one key give a logit.
+
+`prepare` works on tokens, in O(length); `tile` compares prepared rows with prepared keys. A factored score is
+exactly a dot product of what `prepare` returns, so that any dot kernel can run it.
+Legend: b batch, h query heads, g key-value heads, Q x K one tile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.parts.base import Part, Sizes, Weight, arg
+
+
+def grouped_matmul(x_bhQm: Tensor, y_bgmK: Tensor) -> Tensor:
+    """Matrix products of h heads with g shared ones; the query heads of a group become rows, nothing is expanded."""
+    b, h, rows, m = x_bhQm.shape
+    g = y_bgmK.shape[1]
+    if h == g:
+        return x_bhQm @ y_bgmK
+    return (x_bhQm.reshape(b, g, h // g * rows, m) @ y_bgmK).view(b, h, rows, y_bgmK.shape[-1])
+
+
+class Score(Part):
+    """A comparison of a query with a key."""
+
+    kind = "score"
+    factored: ClassVar[bool] = False
+
+    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Token-level work: q (b, h, L, d) and k (b, g, S, d) to what `tile` compares."""
+        return q, k
+
+    def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Logits (b, h, Q, K) of prepared rows and keys."""
+        return grouped_matmul(q, k.transpose(-1, -2))
+
+    def pair_flops(self, head_dim: int) -> int:
+        """Matrix FLOPs of one pair."""
+        return 2 * head_dim
+
+    def temporaries(self, head_dim: int) -> int:
+        """Numbers a pair that `tile` holds besides the logit."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Dot(Score):
+    """s = scale q.k; the scale is 1/sqrt(head_dim) unless given (Vaswani et al., Attention Is All You Need, 2017)."""
+
+    scale: float | None = arg(None, above=0.0)
+
+    name = "dot"
+    factored = True
+    gives = frozenset({"bilinear"})
+
+    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return q * (self.scale or 1 / math.sqrt(q.shape[-1])), k
+
+
+@dataclass(frozen=True)
+class Bilinear(Score):
+    """s = q W k with one learned W a head (Luong et al., Effective Approaches, 2015: `general`)."""
+
+    name = "bilinear"
+    factored = True
+    gives = frozenset({"bilinear"})
+
+    def weights(self, sizes: Sizes) -> dict[str, Weight]:
+        return {"bilinear": Weight((sizes.heads, sizes.head_dim, sizes.head_dim), init="eye")}
+
+    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return q @ params["bilinear"].to(q.dtype), k
+
+
+@dataclass(frozen=True)
+class Additive(Score):
+    """s = v.tanh(Wq q + Wk k), `hidden` wide (Bahdanau et al., 2014; Luong et al., 2015: `concat`)."""
+
+    hidden: int = arg(32, at_least=1)
+
+    name = "additive"
+    breaks = frozenset({"bilinear"})
+
+    def weights(self, sizes: Sizes) -> dict[str, Weight]:
+        std = 1 / math.sqrt(sizes.head_dim)
+        return {
+            "additive_q": Weight((sizes.heads, sizes.head_dim, self.hidden), std=std),
+            "additive_k": Weight((sizes.kv_heads, sizes.head_dim, self.hidden), std=std),
+            "additive_v": Weight((sizes.heads, self.hidden), std=1 / math.sqrt(self.hidden)),
+        }
+
+    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return q @ params["additive_q"].to(q.dtype), k @ params["additive_k"].to(k.dtype)
+
+    def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
+        b, h, rows, a = q.shape
+        grouped = q.reshape(b, k.shape[1], -1, 1, a) + k[:, :, None]
+        hidden = torch.tanh(grouped).view(b, h, rows, k.shape[2], a)
+        return torch.einsum("bhqka,ha->bhqk", hidden, params["additive_v"].to(hidden.dtype))
+
+    def pair_flops(self, head_dim: int) -> int:
+        return 2 * self.hidden
+
+    def temporaries(self, head_dim: int) -> int:
+        return 2 * self.hidden

@@ -1,0 +1,6 @@
+"""Plans: which kernel runs a mechanism, why, at what cost; and the call that follows them."""
+
+from saccade.plan.attend import Attended, Weights, attend, init_state
+from saccade.plan.choose import Plan, plan
+
+__all__ = ["Attended", "Plan", "Weights", "attend", "init_state", "plan"]

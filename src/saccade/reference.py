@@ -1,0 +1,203 @@
+"""What each family means: slow, whole, readable, in any float dtype up to float64.
+
+Every kernel, decode step and distributed run answers to these functions. Inputs follow `saccade.attend`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from saccade.mechanism.text import mechanism as parse
+from saccade.mechanism.values import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
+from saccade.parts.memory import ChannelRatio, RowRatio
+from saccade.parts.normalizer import merge
+from saccade.parts.pair import Context, Program, map_tokens, without_padding
+from saccade.parts.score import grouped_matmul
+from saccade.parts.select import Buckets, Select
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism,
+    *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    params: dict[str, Tensor] | None = None,
+    streams: dict[str, Tensor] | None = None,
+    buffers: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The output of a mechanism by its definition.
+
+    Shapes as in `saccade.attend`: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), answer (B, H, L, E) in the dtype
+    of q, computed in float32 or wider. Holds whole (L, S) matrices: for tests and small inputs.
+    """
+    c = context(q, k, v, mask, key_lengths, params, streams, buffers)
+    return evaluate(parse(mechanism), c)[0].to(q.dtype)
+
+
+def context(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    params: dict[str, Tensor] | None = None,
+    streams: dict[str, Tensor] | None = None,
+    buffers: dict[str, Tensor] | None = None,
+) -> Context:
+    """A context with the queries at the end of the keys, in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, keys = q.shape[2], k.shape[2]
+    offset = keys - rows if key_lengths is None else 0 if rows == keys else None
+    return Context(
+        q.to(wide),
+        k.to(wide),
+        v.to(wide),
+        offset,
+        0,
+        key_lengths,
+        mask,
+        params or {},
+        streams or {},
+        buffers or {},
+    )
+
+
+def evaluate(m: Mechanism, c: Context) -> tuple[Tensor, Tensor | None]:
+    """`(out, lse)` of any family."""
+    if isinstance(m, Pairwise):
+        return pairwise(m, c)
+    if isinstance(m, Recurrent):
+        return recurrent(m, c)
+    if isinstance(m, Mixer):
+        return m.define(c), None
+    assert isinstance(m, Combine)
+    return combine(m, c)
+
+
+def pairwise(m: Pairwise, c: Context) -> tuple[Tensor, Tensor | None]:
+    """out_i = sum_j w_ij v_j, w the normalised logits of the pairs that exist."""
+    if m.heads is not None and m.heads.learned_query:
+        c = replace(c, q=c.q.expand(-1, -1, c.k.shape[2], -1), offset=0)
+    program = Program.bind(m, map_tokens(m.tokens, c, c.k.shape[2]))
+    rows, spans = slice(0, program.rows), [(0, program.keys)]
+    for leaf in m.pairs.leaves():
+        if isinstance(leaf, Select):
+            chosen = program.selections[leaf]
+            if isinstance(chosen, Buckets):
+                return bucketed(program, chosen), None
+    w, lse = program.weights(program.tile(rows, spans))
+    return grouped_matmul(w, program.v), lse
+
+
+def bucketed(program: Program, chosen: Buckets) -> Tensor:
+    """Softmax attention inside each bucket; a query that several buckets took averages their outputs."""
+    c = program.context
+    limit = [p for p in program.pairs.leaves() if not isinstance(p, Select)]
+    out = torch.zeros(
+        (*program.q.shape[:3], program.v.shape[-1]), dtype=program.q.dtype, device=program.q.device
+    )
+    taken = torch.zeros_like(out[..., :1])
+    for b in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            g = h * program.k.shape[1] // out.shape[1]
+            for bucket in range(chosen.q.shape[2]):
+                rows = chosen.q[b, h, bucket][chosen.q_valid[b, h, bucket]]
+                cols = chosen.k[b, h, bucket][chosen.k_valid[b, h, bucket]]
+                s = program.q[b, h, rows] @ program.k[b, g, cols].T
+                i, j = c.i[b if c.offset is None else 0, rows][:, None], cols[None] + c.start
+                for p in limit:
+                    s = s.masked_fill(~p.exist(i, j), -math.inf)  # type: ignore[attr-defined]
+                if c.mask is not None:
+                    s = s.masked_fill(~c.mask.expand(*out.shape[:3], -1)[b, h][rows][:, cols], -math.inf)
+                w, _ = program.mechanism.normalizer.normalize(s)
+                out[b, h] = out[b, h].index_add(0, rows, w @ program.v[b, g, cols])
+                taken[b, h] = taken[b, h].index_add(0, rows, torch.ones_like(taken[b, h, rows]))
+    return out / taken.clamp_min(1)
+
+
+def recurrent(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
+    """The parallel form: out_i = sum_j w_ij v_j with the weights below."""
+    c = without_padding(map_tokens(m.tokens, c, c.k.shape[2]))
+    w, lse = recurrent_weights(m, c)
+    return grouped_matmul(w, c.v), lse
+
+
+def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
+    """w_ij = phi(q_i).phi(k_j) decay^(i - j), divided as the ratio says, and the log-denominator or None."""
+    phi_q, scale_q = m.feature.map(c.q, "q", None, c.buffers)
+    phi_k, scale_k = m.feature.map(c.k, "k", c.valid, c.buffers)
+    repeat = c.q.shape[1] // c.k.shape[1]
+    i, j = c.i[:, None, :, None], c.j[:, None, None]
+    exist = m.pairs.exist(i, j)  # type: ignore[attr-defined]
+    if c.valid is not None:
+        exist = exist & c.valid[:, None, None]
+    log = torch.zeros((), dtype=phi_q.dtype, device=phi_q.device)
+    if m.decay is not None:
+        rate = m.decay.log(c.k.shape[1], phi_q.device, phi_q.dtype).repeat_interleave(repeat)
+        log = rate[:, None, None] * (i - j)
+    if scale_k is not None:
+        log = log + scale_k.repeat_interleave(repeat, dim=1)[:, :, None]
+    log = log.expand(*phi_q.shape[:3], phi_k.shape[2]).masked_fill(~exist, -math.inf)
+    top = log.amax(-1, keepdim=True) if m.ratio is not None else torch.zeros_like(log[..., :1])
+    top = top.masked_fill(torch.isneginf(top), 0.0)
+    if isinstance(m.ratio, ChannelRatio):
+        sums = phi_k.sum(2).repeat_interleave(repeat, dim=1)[:, :, None]
+        phi_q = torch.where(sums > 0, phi_q / sums.clamp_min(torch.finfo(sums.dtype).tiny), 0.0)
+    w = grouped_matmul(phi_q, phi_k.transpose(-1, -2)) * torch.exp(log - top)
+    if not isinstance(m.ratio, RowRatio):
+        return w, None
+    total = w.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1) + (0.0 if scale_q is None else scale_q)
+    return torch.where(total > 0, w / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0), lse
+
+
+def combine(m: Combine, c: Context) -> tuple[Tensor, Tensor | None]:
+    """Mix adds outputs, Join merges by log-denominator, ByHead gives each member its share of the heads."""
+    if isinstance(m, Mix):
+        outs = [share * evaluate(child, c)[0] for child, share in zip(m.children, m.share(), strict=True)]
+        return torch.stack(outs).sum(0), None
+    if isinstance(m, Join):
+        out, lse = merge([(o, s) for o, s in (evaluate(child, c) for child in m.children) if s is not None])
+        return out, lse
+    assert isinstance(m, ByHead)
+    parts = [evaluate(child, share) for child, share in zip(m.children, by_head(m, c), strict=True)]
+    return torch.cat([o for o, _ in parts], dim=1), None
+
+
+def by_head(m: ByHead, c: Context) -> list[Context]:
+    """The context of each member: its share of the query heads and of what belongs to them."""
+    count = len(m.children)
+    width = m.share(c.q.shape[1])
+    groups = c.k.shape[1]
+    if groups % count and groups != 1:
+        raise ValueError(
+            f"by_head: {count} members need 1 key-value head or a multiple of {count}, got {groups}"
+        )
+
+    def cut(x: Tensor, n: int, dim: int) -> Tensor:
+        size = x.shape[dim] // count
+        return x.narrow(dim, n * size, size) if x.shape[dim] % count == 0 and x.shape[dim] > 1 else x
+
+    shares = []
+    for n in range(count):
+        mask = c.mask if c.mask is None or c.mask.shape[1] == 1 else cut(c.mask, n, 1)
+        shares.append(
+            replace(
+                c,
+                q=c.q[:, n * width : (n + 1) * width],
+                k=cut(c.k, n, 1),
+                v=cut(c.v, n, 1),
+                mask=mask,
+                params={name: cut(x, n, 0) for name, x in c.params.items()},
+                streams={name: cut(x, n, 1) for name, x in c.streams.items()},
+                buffers={name: cut(x, n, 0) for name, x in c.buffers.items()},
+            )
+        )
+    return shares
