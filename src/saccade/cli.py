@@ -25,7 +25,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Describe any attention, run it fast, look inside it, and measure it against the others."""
     if version:
         from importlib import metadata
@@ -104,6 +104,42 @@ def explain(
         m = sc.mechanism(mechanism)
         shape = sc.Shape(batch, heads, length, head_dim, kv_heads=kv_heads or m.kv_heads(heads))
         print(sc.plan(m, shape, device=device, dtype=_dtype(dtype), grad=grad))
+
+
+@app.command()
+def systems(
+    words: Annotated[list[str] | None, typer.Argument(help="Words that all must occur.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family or kind.")] = None,
+    state: Annotated[str | None, typer.Option(help="works or planned.")] = None,
+) -> None:
+    """List the systems of the reading list, or search them."""
+    with user_errors():
+        from rich.console import Console
+
+        from saccade import cards
+        from saccade.systems import catalogue
+
+        found = catalogue.search(" ".join(words or []), family, state)
+        known = catalogue.load()
+        for option, value, allowed in (
+            ("--family", family, {e.family for e in known} | {e.kind for e in known}),
+            ("--state", state, {"planned", "works"}),
+        ):
+            if value is not None and value not in allowed:
+                raise ValueError(f"{option} {value!r} is unknown; there are {', '.join(sorted(allowed))}")
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        console.print(cards.table(found))
+        console.print(f"\n{len(found)} of {len(known)} systems")
+
+
+@app.command()
+def show(slug: Annotated[str, typer.Argument(help="A slug such as moba, or a ref such as S211.")]) -> None:
+    """Print the card of a system: formula, composition, cost, paper, how to call it, what was found."""
+    with user_errors():
+        from saccade import cards
+        from saccade.systems import catalogue
+
+        print(cards.card(catalogue.get(slug)))
 
 
 @app.command()
@@ -202,5 +238,10 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The entry point of the command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 SCHEMA = 1
@@ -57,7 +58,7 @@ def _render(results: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": _duration, "lengths": _lengths}
+    environment.filters |= {"duration": _duration, "lengths": _lengths, "breakable": _breakable}
     return environment.get_template("report.html.j2").render(
         results=results,
         long_run=results.get("long_run"),
@@ -197,6 +198,11 @@ def _lengths(values: Iterable[int]) -> str:
     return ", ".join(f"{n:,}" for n in values)
 
 
+def _breakable(name: str) -> Markup:
+    """A name that may break after an underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
+
+
 # The table ------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +240,7 @@ def _table(run: _Run, beside: _Run | None = None) -> _Table:
     """One row a mechanism; `beside` adds the bits per byte of another run."""
     columns = [_bits_column(run, "Bits per\u00a0byte", "lower is better")]
     if beside:
-        columns.append(_bits_column(beside, "Short run", "bits per byte"))
+        columns.append(_bits_column(beside, "Short run", ""))
     columns += [_recall_column(run, length) for length in run.lengths("recall")]
     columns += [_time_column(run, what) for what in _WHATS]
     columns.append(_memory_column(run, "backward" if run.lengths("peak_bytes.backward") else "forward"))
@@ -293,7 +299,7 @@ def _time_column(run: _Run, what: str) -> _Column:
 def _memory_column(run: _Run, what: str) -> _Column:
     length = run.common_length(f"peak_bytes.{what}") or 0
     cell = _against_reference(run, f"peak_bytes.{what}", length, _bytes, None)
-    return _Column("Memory", "Peak", f"{_WHATS[what].lower()}, {length:,}\u00a0tokens", cell)
+    return _Column("Memory", "Peak", f"{_WHATS[what].lower()}, {length:,} tokens", cell)
 
 
 def _against_reference(

@@ -16,23 +16,27 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saccade.cost import Cost, Request
-from saccade.kernels import chunk
+from saccade.kernels import band
+from saccade.kernels.band import Band, logits, tile_softmax
 from saccade.kernels.base import Kernel
-from saccade.kernels.chunk import Band, ChunkKernel, logits, softmax_only, tile_softmax
+from saccade.kernels.chunk import ChunkKernel, softmax_only
+from saccade.kernels.fold import Fold
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.logits import StaticBias
 from saccade.parts.mask import Causal, Chunk, Full, Pairs, split, static_exist
 from saccade.parts.pair import Context, Program
 from saccade.parts.select import Blocks, TopBlocks
 
+TILES = (64, 4096)
 TILE_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
 class Route:
-    """Tiles of equal blocks: rows (t, R) of flat queries, -1 where unused, their slots, and each tile's flat block."""
+    """Tiles of equal blocks: rows (t, R) of flat queries and used (t, R), the slot of each row's partial result, the
+    block of each tile and its flat key-value block, and where the tiles of each head begin."""
 
     rows: Tensor
+    used: Tensor
     slots: Tensor
     block: Tensor
     kv_block: Tensor
@@ -40,32 +44,33 @@ class Route:
 
 
 def route(chosen: Blocks, blocks: int, groups: int, tile: int) -> Route:
-    """Sort the chosen (query, block) pairs by head and block, and cut them into tiles of `tile` rows."""
+    """Sort the chosen (query, block) pairs by head and block, and cut them into tiles of `tile` rows.
+
+    The slot of the t-th choice of row i of a head is t n + i, so that a head's slots merge choice by choice.
+    """
     b, h, length, choices = chosen.index.shape
     device = chosen.index.device
-    slot = torch.arange(1, choices + 1, dtype=torch.int16, device=device)
-    table = torch.zeros(b * h, length, blocks, dtype=torch.int16, device=device)
-    marks = torch.where(chosen.valid, slot, 0).view(b * h, length, choices)
-    table.scatter_reduce_(2, chosen.index.view(b * h, length, choices), marks, "amax")
-    by_block = table.transpose(1, 2).contiguous().view(b * h * blocks, length)
-    group, query = by_block.nonzero(as_tuple=True)
-    slots = by_block[group, query].long() - 1
+    heads = torch.arange(b * h, device=device).view(b, h, 1, 1)
+    keys = torch.where(chosen.valid, heads * blocks + chosen.index, b * h * blocks)
+    group, order = keys.transpose(2, 3).reshape(-1).sort(stable=True)
+    group, order = group[: (count := int(chosen.valid.sum()))], order[:count]
     counts = torch.bincount(group, minlength=b * h * blocks)
     tiles = (counts + tile - 1) // tile
     first = tiles.cumsum(0) - tiles
-    rank = torch.arange(group.numel(), device=device) - (counts.cumsum(0) - counts)[group]
-    place = first[group] * tile + rank
+    place = first[group] * tile + torch.arange(count, device=device) - (counts.cumsum(0) - counts)[group]
     total = int(tiles.sum())
-    flat = group // blocks * length + query
-    rows = torch.full((total * tile,), -1, dtype=torch.long, device=device)
-    rows[place] = flat
-    where = torch.full((total * tile,), -1, dtype=torch.long, device=device)
-    where[place] = flat * choices + slots
+    rows = torch.zeros(total * tile, dtype=torch.long, device=device)
+    rows[place] = group // blocks * length + order % length
+    slots = torch.full((total * tile,), choices * length, dtype=torch.long, device=device)
+    slots[place] = order % (choices * length)
+    used = torch.zeros(total * tile, dtype=torch.bool, device=device)
+    used[place] = True
     owner = torch.repeat_interleave(torch.arange(b * h * blocks, device=device), tiles)
     head = owner // blocks
     kv = (head // h * groups + head % h // (h // groups)) * blocks + owner % blocks
     bounds = [0, *tiles.view(b * h, blocks).sum(1).cumsum(0).tolist()]
-    return Route(rows.view(total, tile), where.view(total, tile), owner % blocks, kv, bounds)
+    shape = (total, tile)
+    return Route(rows.view(shape), used.view(shape), slots.view(shape), owner % blocks, kv, bounds)
 
 
 @dataclass
@@ -75,12 +80,60 @@ class Sparse:
     chosen: Blocks
     limit: Pairs
     allow: Pairs | None
-    band: Band | None
-    tiles: tuple[int, int]
-    offset: int | None
     i: Tensor
+    offset: int | None
+    start: int
     ends: Tensor | None
     keys: int
+
+    def _band(self, heads: int) -> tuple[Band | None, Fold | None]:
+        """The positional part as a band, or as blocks that never meet."""
+        if self.allow is None:
+            return None, None
+        size = self.chosen.size
+        rows = self.i.shape[1]
+        if (
+            self.limit == Causal()
+            and self.allow == Chunk(size)
+            and self.ends is None
+            and rows == self.keys
+            and not rows % size
+        ):
+            return Band(Causal(), (), heads * rows // size, 0, 0), Fold(rows // size, Causal(), blocks=True)
+        i = self.i if self.offset is None else None
+        return Band(self.limit & self.allow, (), heads, self.offset, self.start, self.ends, None, i), None
+
+    def positional(self, q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`(out, lse)` of the pairs that position alone allows."""
+        b, h, n, _ = q.shape
+        g = k.shape[1]
+        found, fold = self._band(h)
+        if found is None:
+            empty = torch.full((b, h, n), -torch.inf, dtype=wide, device=q.device)
+            return torch.zeros(b, h, n, v.shape[-1], dtype=q.dtype, device=q.device), empty
+        if fold is not None:
+            q, k, v = fold.into(q, g), fold.into(k, g), fold.into(v, g)
+        out, lse = band.forward(q, k, v, found, *TILES, need_lse=True)
+        assert lse is not None
+        if fold is not None:
+            out, lse = fold.back(out, h, g, n), fold.back(lse.unsqueeze(-1), h, g, n).squeeze(-1)
+        return out.contiguous(), lse.contiguous()
+
+    def positional_back(
+        self, grad: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v through the positional pairs, given the lse of all pairs."""
+        h, n, g = q.shape[1], q.shape[2], k.shape[1]
+        found, fold = self._band(h)
+        if found is None:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        if fold is None:
+            return band.backward(grad, delta, q, k, v, lse, found, *TILES, whole=False)
+        q, k, v, grad = (fold.into(x, g) for x in (q, k, v, grad))
+        delta, lse = (fold.into(x.unsqueeze(-1), g).squeeze(-1) for x in (delta, lse))
+        grads = band.backward(grad, delta, q, k, v, lse, found, *TILES, whole=False)
+        dq, dk, dv = (fold.back(x, heads, g, n) for x, heads in zip(grads, (h, g, g), strict=True))
+        return dq.contiguous(), dk, dv
 
     def whole(self) -> bool:
         """True when every pair of a chosen block exists and none is in the positional part."""
@@ -94,12 +147,8 @@ class Sparse:
         if self.whole():
             return None
         size = self.chosen.size
-        batch = rows.clamp_min(0) // (length * heads)
-        i = (
-            self.i[batch, rows.clamp_min(0) % length]
-            if self.i.shape[0] > 1
-            else self.i[0, rows.clamp_min(0) % length]
-        )[..., None]
+        batch = rows // (length * heads)
+        i = self.i[batch if self.i.shape[0] > 1 else 0, rows % length][..., None]
         j = (block[:, None] * size + torch.arange(size, device=rows.device))[:, None]
         exist = static_exist(self.limit, i, j) & (j < self.keys)
         if self.allow is not None:
@@ -115,15 +164,10 @@ def _tile_rows(chosen: Blocks, blocks: int) -> int:
     return max(8, min(128, 1 << max(3, round(mean / 4).bit_length())))
 
 
-def _groups(route_: Route, heads: range, size: int, device: str) -> list[slice]:
-    lo, hi = route_.bounds[heads.start], route_.bounds[heads.stop]
-    step = max(1, TILE_NUMBERS["cpu" if device == "cpu" else "cuda"] // (route_.rows.shape[1] * size))
+def _groups(way: Route, head: int, size: int, device: str) -> list[slice]:
+    lo, hi = way.bounds[head], way.bounds[head + 1]
+    step = max(1, TILE_NUMBERS["cpu" if device == "cpu" else "cuda"] // (way.rows.shape[1] * size))
     return [slice(a, min(hi, a + step)) for a in range(lo, hi, step)]
-
-
-def _head_ranges(total: int, device: str) -> list[range]:
-    step = 1 if device == "cpu" else total
-    return [range(a, min(total, a + step)) for a in range(0, total, step)]
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
@@ -156,45 +200,35 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sparse: Sparse) -> tuple[Tensor, Te
     kb, vb = _blocks(k, size), _blocks(v, size)
     blocks = kb.shape[0] // (b * k.shape[1])
     way = route(sparse.chosen, blocks, k.shape[1], _tile_rows(sparse.chosen, blocks))
-    if sparse.band is not None:
-        out, lse0 = chunk.forward(q, k, v, sparse.band, *sparse.tiles, need_lse=True)
-        assert lse0 is not None
-    else:
-        out, lse0 = (
-            q.new_zeros(b, h, length, e),
-            torch.full((b, h, length), -torch.inf, dtype=wide, device=q.device),
-        )
-    flat_q, flat_out, flat_lse = q.reshape(-1, d), out.view(-1, e), lse0.view(-1)
+    out, lse = sparse.positional(q, k, v, wide)
+    flat_q, flat_out, flat_lse = q.reshape(-1, d), out.view(b * h, length, e), lse.view(b * h, length)
     choices = sparse.chosen.index.shape[-1]
-    for heads in _head_ranges(b * h, q.device.type):
-        n = len(heads) * length
-        base = heads.start * length
-        parts = torch.zeros(n * choices + 1, e, dtype=wide, device=q.device)
-        plse = torch.full((n * choices + 1,), -torch.inf, dtype=wide, device=q.device)
-        for cut in _groups(way, heads, size, q.device.type):
-            rows = way.rows[cut]
+    parts = torch.zeros(choices * length + 1, e, dtype=wide, device=q.device)
+    levels = torch.empty(choices * length + 1, dtype=wide, device=q.device)
+    for head in range(b * h):
+        levels.fill_(-torch.inf)
+        for cut in _groups(way, head, size, q.device.type):
             s, vt, guard = _tile(flat_q, kb, vb, sparse, way, cut, length, h)
             p, part = tile_softmax(s, guard, True)
             assert part is not None
-            where = torch.where(rows < 0, n * choices, way.slots[cut] - base * choices).view(-1)
+            where = way.slots[cut].view(-1)
             parts.index_copy_(0, where, torch.bmm(p.to(vt.dtype), vt).view(-1, e).to(wide))
-            plse.index_copy_(0, where, part.view(-1))
-        own = slice(base, base + n)
-        levels = torch.cat((plse[:-1].view(n, choices), flat_lse[own, None]), 1)
-        total = torch.logsumexp(levels, 1)
-        shares = torch.exp(levels - torch.nan_to_num(total, neginf=0.0)[:, None])
-        mixed = torch.bmm(shares[:, None, :-1], parts[:-1].view(n, choices, e)).squeeze(1)
-        flat_out[own] = (mixed + shares[:, -1:] * flat_out[own]).to(q.dtype)
-        flat_lse[own] = total
-    return out, lse0, way
+            levels.index_copy_(0, where, part.reshape(-1))
+        each = torch.cat((levels[:-1].view(choices, length), flat_lse[head, None]))
+        total = torch.logsumexp(each, 0)
+        shares = torch.exp(each - torch.nan_to_num(total, neginf=0.0)).unsqueeze(-1)
+        mixed = flat_out[head].to(wide) * shares[-1]
+        for t in range(choices):
+            mixed.addcmul_(parts[t * length : (t + 1) * length], shares[t])
+        flat_out[head], flat_lse[head] = mixed.to(q.dtype), total
+    return out, lse, way
 
 
 def _tile(
     flat_q: Tensor, kb: Tensor, vb: Tensor, sparse: Sparse, way: Route, cut: slice, length: int, heads: int
 ) -> tuple[Tensor, Tensor, bool]:
     rows = way.rows[cut]
-    t, r = rows.shape
-    qs = flat_q.index_select(0, rows.clamp_min(0).view(-1)).view(t, r, -1)
+    qs = flat_q.index_select(0, rows.view(-1)).view(*rows.shape, -1)
     kt, vt = kb.index_select(0, way.kv_block[cut]), vb.index_select(0, way.kv_block[cut])
     bias = sparse.bias(rows, way.block[cut], length, heads)
     wide = torch.promote_types(flat_q.dtype, torch.float32)
@@ -209,37 +243,34 @@ def backward(
     e, size = v.shape[-1], sparse.chosen.size
     wide = torch.promote_types(q.dtype, torch.float32)
     kb, vb = _blocks(k, size), _blocks(v, size)
-    if sparse.band is not None:
-        dq, dk, dv = chunk.backward(grad, delta, q, k, v, lse, sparse.band, *sparse.tiles, whole=False)
-    else:
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = sparse.positional_back(grad, delta, q, k, v, lse)
     dkb, dvb = torch.zeros_like(kb, dtype=wide), torch.zeros_like(vb, dtype=wide)
-    flat_q, flat_grad, flat_dq = q.reshape(-1, d), grad.reshape(-1, e), dq.view(-1, d)
+    flat_q, flat_grad, flat_dq = q.reshape(-1, d), grad.reshape(-1, e), dq.view(b * h, length, d)
     flat_lse, flat_delta = torch.nan_to_num(lse, neginf=0.0).reshape(-1), delta.reshape(-1)
     choices = sparse.chosen.index.shape[-1]
-    for heads in _head_ranges(b * h, q.device.type):
-        n = len(heads) * length
-        base = heads.start * length
-        parts = torch.zeros(n * choices + 1, d, dtype=wide, device=q.device)
-        for cut in _groups(way, heads, size, q.device.type):
-            rows = way.rows[cut]
+    parts = torch.zeros(choices * length + 1, d, dtype=wide, device=q.device)
+    for head in range(b * h):
+        for cut in _groups(way, head, size, q.device.type):
+            rows, blocks = way.rows[cut], way.kv_block[cut]
             t, r = rows.shape
-            safe = rows.clamp_min(0).view(-1)
+            flat = rows.view(-1)
             s, vt, guard = _tile(flat_q, kb, vb, sparse, way, cut, length, h)
             p, part = tile_softmax(s, guard, True)
             assert part is not None
-            factor = torch.exp(part - flat_lse[safe].view(t, r)).masked_fill_(rows < 0, 0.0)
+            factor = torch.exp(part - flat_lse[flat].view(t, r)).masked_fill_(~way.used[cut], 0.0)
             p.mul_(factor.unsqueeze(-1))
-            gs, qs = flat_grad.index_select(0, safe).view(t, r, e), flat_q.index_select(0, safe).view(t, r, d)
-            kt = kb.index_select(0, way.kv_block[cut])
-            dp = torch.bmm(gs, vt.transpose(1, 2)).to(wide).sub_(flat_delta[safe].view(t, r, 1)).mul_(p)
-            low, dlow = p.to(vt.dtype), dp.to(kt.dtype)
-            dvb.index_add_(0, way.kv_block[cut], torch.bmm(low.transpose(1, 2), gs).to(wide))
-            dkb.index_add_(0, way.kv_block[cut], torch.bmm(dlow.transpose(1, 2), qs).to(wide))
-            where = torch.where(rows < 0, n * choices, way.slots[cut] - base * choices).view(-1)
-            parts.index_copy_(0, where, torch.bmm(dlow, kt).view(-1, d).to(wide))
-        own = slice(base, base + n)
-        flat_dq[own] += parts[:-1].view(n, choices, d).sum(1).to(q.dtype)
+            gs, qs = flat_grad.index_select(0, flat).view(t, r, e), flat_q.index_select(0, flat).view(t, r, d)
+            dp = torch.bmm(gs, vt.transpose(1, 2)).to(wide).sub_(flat_delta[flat].view(t, r, 1)).mul_(p)
+            low, dlow = p.to(vt.dtype), dp.to(kb.dtype)
+            dvb.index_add_(0, blocks, torch.bmm(low.transpose(1, 2), gs).to(wide))
+            dkb.index_add_(0, blocks, torch.bmm(dlow.transpose(1, 2), qs).to(wide))
+            step = torch.bmm(dlow, kb.index_select(0, blocks)).view(-1, d)
+            parts.index_copy_(0, way.slots[cut].view(-1), step.to(wide))
+        taken = sparse.chosen.valid.view(b * h, length, choices)[head]
+        for t in range(choices):
+            flat_dq[head] += (
+                parts[t * length : (t + 1) * length].masked_fill(~taken[:, t, None], 0).to(q.dtype)
+            )
     shape_k = (*k.shape[:2], -1)
     dk = dk + dkb.view(*shape_k, d)[:, :, : k.shape[2]].to(k.dtype)
     dv = dv + dvb.view(*shape_k, e)[:, :, : v.shape[2]].to(v.dtype)
@@ -318,21 +349,7 @@ class BlockKernel(Kernel):
         c = program.context
         chosen = program.selections[select]  # type: ignore[index]
         assert isinstance(chosen, Blocks)
-        band = None
-        if allow is not None:
-            positional = limit & allow
-            band = Band(
-                positional,
-                tuple(p for p in m.logits if isinstance(p, StaticBias)),
-                c.q.shape[1],
-                c.offset,
-                c.start,
-                1,
-                c.ends,
-                None,
-                c.i,
-            )
-        sparse = Sparse(chosen, limit, allow, band, (64, 4096), c.offset, c.i, c.ends, program.keys)
+        sparse = Sparse(chosen, limit, allow, c.i, c.offset, c.start, c.ends, program.keys)
         q, k, v = program.q, program.k, program.v
         if q.device.type == "cpu" and q.dtype.itemsize < 4:
             q, k, v = q.float(), k.float(), v.float()

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel
 from saccade.mechanism.values import Mechanism, Recurrent
-from saccade.parts.memory import ChannelRatio, RowRatio
+from saccade.parts.memory import ChannelRatio, Ratio, RowRatio
 from saccade.parts.pair import Context, without_padding
 
 CHUNK = 128
@@ -82,89 +81,78 @@ def chunked(
     """Causal: `(out (b, h, L, e), lse or None, the state after the last token)`; as many queries as keys."""
     c = without_padding(c)
     q, k, v = (_wide(x) for x in (c.q, c.k, c.v))
-    b, h, length, _ = q.shape
+    b, length = q.shape[0], q.shape[2]
     g, e = k.shape[1], v.shape[-1]
-    r = h // g
     phi_q, scale_q = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(k, "k", c.valid, c.buffers)
     if c.valid is not None:
         phi_k = phi_k.masked_fill(~c.valid[:, None, :, None], 0)
         scale_k = None if scale_k is None else scale_k.masked_fill(~c.valid[:, None], -torch.inf)
-    size = phi_k.shape[-1]
-    if carry is None:
-        carry = Carry.empty(b, g, size, e, v)
-    span = min(chunk, max(1, length))
-    short = -length % span
-    count = (length + short) // span
-    fq = pad(phi_q, (0, 0, 0, short)).view(b, g, r, count, span, size).transpose(2, 3)
-    fk = pad(phi_k, (0, 0, 0, short)).view(b, g, count, span, size)
-    vc = pad(v, (0, 0, 0, short)).view(b, g, count, span, e)
-    a = fq @ fk.unsqueeze(3).transpose(-1, -2)
-    below = torch.ones(span, span, dtype=torch.bool, device=q.device).tril()
-    rate = v.new_zeros(g) if m.decay is None else m.decay.log(g, q.device, v.dtype)
-    tokens = torch.arange(1, count * span + 1, device=q.device).clamp_max(length).view(count, span)
-    age = tokens - torch.arange(0, count * span, span, device=q.device)[:, None]
-    log = rate[:, None, None] * age
-    fades = log[..., -1]
-    if scale_k is None:
-        top = None
-        inside = torch.exp((log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill(~below, -torch.inf)).unsqueeze(
-            2
-        )
-        write = torch.exp(fades.unsqueeze(-1) - log).unsqueeze(-1)
-        read = torch.exp(log)[:, :, None, :, None]
-        factors, final = torch.exp(fades).expand(b, g, count), carry.m
+    rate = None if m.decay is None else m.decay.log(g, q.device, v.dtype)
+    carry = carry or Carry.empty(b, g, phi_k.shape[-1], e, v)
+    outs, lses = [], []
+    chunks = zip(*(x.split(chunk, dim=2) for x in (phi_q, phi_k, v)), strict=True)
+    for n, (fq, fk, vc) in enumerate(chunks):
+        scale = None if scale_k is None else scale_k[:, :, n * chunk : (n + 1) * chunk]
+        out, lse, carry = advance(m.ratio, fq, fk, vc, scale, rate, carry)
+        outs.append(out)
+        lses.append(lse)
+    lse = None if lses[0] is None else torch.cat([x for x in lses if x is not None], 2)
+    return torch.cat(outs, 2), lse if lse is None or scale_q is None else lse + scale_q, carry
+
+
+def advance(
+    ratio: Ratio | None,
+    fq: Tensor,
+    fk: Tensor,
+    v: Tensor,
+    scale: Tensor | None,
+    rate: Tensor | None,
+    carry: Carry,
+) -> tuple[Tensor, Tensor | None, Carry]:
+    """One chunk of C tokens: fq (b, h, C, m), fk (b, g, C, m), v (b, g, C, e), scale (b, g, C), rate (g,)."""
+    b, h, span, size = fq.shape
+    g = fk.shape[1]
+    rows = fq.reshape(b, g, h // g * span, size)
+    a = (rows @ fk.transpose(-1, -2)).view(b, g, h // g, span, span)
+    reader, writer, keep, level = rows, fk, None, None
+    if rate is None and scale is None:
+        a = a.tril()
+        final = carry.m
     else:
-        shifted = pad(scale_k, (0, short), value=-torch.inf).view(b, g, count, span) - log
-        within = shifted.cummax(-1).values
-        starts = _running_max(carry.m, within[..., -1] + fades, fades)
-        before = starts[..., :-1]
-        level = torch.maximum(within, before.unsqueeze(-1))
-        safe = torch.nan_to_num(level, neginf=0.0)
-        inside = torch.exp(
-            (shifted.unsqueeze(-2) - safe.unsqueeze(-1)).masked_fill(~below, -torch.inf)
-        ).unsqueeze(3)
-        base = torch.nan_to_num(starts[..., 1:], neginf=0.0)
-        write = torch.exp(shifted + (fades - base).unsqueeze(-1)).unsqueeze(-1)
-        read = torch.exp(before.unsqueeze(-1) - safe).unsqueeze(3).unsqueeze(-1)
-        factors, final = torch.exp(before + fades - base), starts[..., -1]
-        top = level + log
-    if m.decay is None and scale_k is None:
-        a, reader, writer = a.masked_fill(~below, 0), fq, fk
+        steps = torch.arange(1, span + 1, device=v.device, dtype=v.dtype)
+        log = v.new_zeros(g, span) if rate is None else rate[:, None] * steps
+        fade = log[:, -1]
+        below = torch.ones(span, span, dtype=torch.bool, device=v.device).tril()
+        if scale is None:
+            shifted, safe, base, final = -log, -log, -fade[:, None], carry.m
+            read, keep = torch.exp(log).expand(b, g, span), torch.exp(fade).expand(b, g)
+        else:
+            shifted = scale - log
+            level = torch.maximum(shifted.cummax(-1).values, carry.m[..., None])
+            safe, final = torch.nan_to_num(level, neginf=0.0), level[..., -1] + fade
+            base = torch.nan_to_num(level[..., -1:], neginf=0.0)
+            read = torch.exp(carry.m[..., None] - safe)
+            keep = read[..., -1]
+            level = level + log
+        inside = torch.exp((shifted.unsqueeze(-2) - safe.unsqueeze(-1)).masked_fill(~below, -torch.inf))
+        a = a * inside.unsqueeze(-3)
+        reader = rows * read.repeat(1, 1, h // g).unsqueeze(-1)
+        writer = fk * torch.exp(shifted - base).unsqueeze(-1)
+    square = a.view(b, g, -1, span)
+    out = square @ v + reader @ carry.s
+    s, z = writer.transpose(-1, -2) @ v, writer.sum(2)
+    if keep is None:
+        after = Carry(carry.s + s, carry.z + z, final)
     else:
-        a, reader, writer = a * inside, fq * read, fk * write
-    adds, sums = writer.transpose(-1, -2) @ vc, writer.sum(3)
-    states, norms = [carry.s], [carry.z]
-    for n in range(count):
-        factor = factors[..., n]
-        states.append(states[-1] * factor[..., None, None] + adds[:, :, n])
-        norms.append(norms[-1] * factor[..., None] + sums[:, :, n])
-    s, z = torch.stack(states[:-1], 2), torch.stack(norms[:-1], 2)
-
-    out = a @ vc.unsqueeze(3) + reader @ s.unsqueeze(3)
-    lse = None
-    if isinstance(m.ratio, RowRatio):
-        total = a.sum(-1) + (reader @ z[:, :, :, None, :, None]).squeeze(-1)
-        out = torch.where(total.unsqueeze(-1) > 0, out / _positive(total).unsqueeze(-1), 0.0)
-        lse = total.log() if top is None else total.log() + top.unsqueeze(3)
-        lse = _rows(lse.unsqueeze(-1), length).squeeze(-1)
-        if scale_q is not None:
-            lse = lse + scale_q
-    return _rows(out, length), lse, Carry(states[-1], norms[-1], final)
-
-
-def _rows(x: Tensor, length: int) -> Tensor:
-    """(b, g, n, r, C, e) to (b, h, L, e)."""
-    b, g, count, r, span, e = x.shape
-    return x.transpose(2, 3).reshape(b, g * r, count * span, e)[:, :, :length]
-
-
-def _running_max(first: Tensor, ends: Tensor, fades: Tensor) -> Tensor:
-    """Log-scale before every chunk and after the last, (b, g, n + 1): M' = max(M + fade, end)."""
-    levels = [first]
-    for n in range(ends.shape[-1]):
-        levels.append(torch.maximum(levels[-1] + fades[..., n], ends[..., n]))
-    return torch.stack(levels, -1)
+        after = Carry(carry.s * keep[..., None, None] + s, carry.z * keep[..., None] + z, final)
+    if not isinstance(ratio, RowRatio):
+        return out.view(b, h, span, -1), None, after
+    total = square.sum(-1) + (reader @ carry.z.unsqueeze(-1)).squeeze(-1)
+    out = torch.where(total.unsqueeze(-1) > 0, out / _positive(total).unsqueeze(-1), 0.0)
+    lse = total.log().view(b, g, h // g, span)
+    lse = lse if level is None else lse + level.unsqueeze(2)
+    return out.view(b, h, span, -1), lse.view(b, h, span), after
 
 
 def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
@@ -234,25 +222,21 @@ class RecurrentKernel(Kernel):
                 peak * (2 if r.grad else 1),
                 20,
             )
-        span = min(CHUNK, max(1, s.length))
-        count = -(-s.length // span)
-        tokens = count * span
-        inner = s.batch * s.heads * tokens * (2 * span * (size + s.value_dim) + 2 * size * s.value_dim)
+        count, last = divmod(s.length, CHUNK)
+        squares = count * CHUNK**2 + last**2
+        inner = s.batch * s.heads * 2 * (squares * (size + s.value_dim) + s.length * size * s.value_dim)
         if isinstance(m.ratio, RowRatio):
-            inner += 2 * s.batch * s.heads * tokens * size
+            inner += 2 * s.batch * s.heads * s.length * size
         flops = (
             inner
-            + s.batch * s.kv_heads * tokens * 2 * size * s.value_dim
+            + s.batch * s.kv_heads * s.length * 2 * size * s.value_dim
             + draws * s.batch * (s.heads + s.kv_heads) * s.length
         )
-        square = s.batch * s.heads * tokens * span * r.wide
-        states = s.batch * s.kv_heads * count * size * s.value_dim * r.wide
-        peak = 2 * square + 3 * states + 2 * phi_q + phi_k + 2 * o * wide
+        squares = s.batch * s.heads * (squares if r.grad else CHUNK**2) * r.wide
+        states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
+        peak = 2 * squares + 2 * states + (2 * (phi_q + phi_k) if r.grad else phi_q + phi_k) + 2 * o * wide
         return Cost(
-            flops * (3 if r.grad else 1),
-            (q + k + v + o) + 2 * square + 2 * states,
-            peak * (2 if r.grad else 1),
-            40 + 4 * count,
+            flops * (3 if r.grad else 1), 3 * (q + k + v + o) * (3 if r.grad else 1), peak, 40 + 12 * count
         )
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:

@@ -58,7 +58,7 @@ class SdpaKernel(Kernel):
     def efficiency(self, r: Request) -> float:
         chosen = backend(r)
         if r.device == "cpu":
-            return 0.7 if chosen == "flash" else 0.3
+            return 0.7 if chosen == "flash" else 0.2
         return {"cudnn": 1.0, "flash": 0.7, "efficient": 0.4, "math": 0.1}[chosen]
 
     def reasons(self, m: Mechanism, r: Request) -> list[str]:

@@ -80,8 +80,12 @@ class Parser:
         self.at += 1
 
     def fail(self, why: str) -> typing.NoReturn:
-        got = repr(self.tokens[self.at][1]) if self.at < len(self.tokens) else "the end"
-        raise MechanismError(f"cannot read {self.text!r}: {why}, found {got}")
+        if self.at < len(self.tokens):
+            _, word, end = self.tokens[self.at]
+            where, got = f" at character {end - len(word) + 1}", repr(word)
+        else:
+            where, got = "", "the end"
+        raise MechanismError(f"cannot read {self.text!r}{where}: {why}, found {got}")
 
     def whole(self) -> Any:
         if not self.tokens:
@@ -145,6 +149,8 @@ class Parser:
             self.take("(")
             items = []
             while not self.peek(")"):
+                if self.at < len(self.tokens) and self.tokens[self.at][0] != "number":
+                    self.fail("expected a number")
                 items.append(self.value())
                 if not self.peek(")"):
                     self.take(",")

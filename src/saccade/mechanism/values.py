@@ -134,6 +134,11 @@ class Pairwise(Mechanism):
                 f"learned_query reads a prefix a position: it runs under `causal` alone, got pairs {self.pairs}"
             )
         _check_parts(self)
+        placed = [*self.logits, *(p for p in self.pairs.leaves() if p != Full())]
+        if self.summary is not None and placed:
+            raise MechanismError(
+                f"{placed[0]} asks where a key stands, and {self.summary.name} mixes keys of all positions; leave one of them out"
+            )
 
     def __hash__(self) -> int:
         return self._hash
@@ -290,6 +295,9 @@ class Combine(Mechanism):
     word: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        for c in self.children:
+            if not isinstance(c, Mechanism):
+                raise MechanismError(f"{self.word} joins mechanisms, got {value_text(c)}")
         if len(self.children) < 2:
             raise MechanismError(f"{self.word} joins two or more mechanisms, got {len(self.children)}")
 
@@ -347,6 +355,10 @@ class Mix(Combine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.shares, tuple):
+            raise MechanismError(
+                f"mix: shares must be numbers in brackets, as in (0.25, 0.75), got {value_text(self.shares)}"
+            )
         if self.shares and len(self.shares) != len(self.children):
             raise MechanismError(f"mix: one share a member, got {len(self.shares)} for {len(self.children)}")
 
@@ -391,7 +403,13 @@ _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Pairw
 
 
 def _combine_maker(cls: type[Combine]) -> Callable[..., Combine]:
+    allowed = [f.name for f in dataclasses.fields(cls) if f.init and f.name != "children"]
+
     def make(*children: Mechanism, **options: Any) -> Combine:
+        for name in options:
+            if name not in allowed:
+                known = f"mechanisms and {', '.join(allowed)}" if allowed else "mechanisms alone"
+                raise MechanismError(f"{cls.word} takes {known}, got {name}")
         return cls(children=tuple(children), **options)
 
     make.__name__ = cls.word

@@ -153,6 +153,9 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
     """Raise MechanismError unless `value` has the type `hint` and lies within `limits`."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     simple = tuple(t for t in allowed if t in (int, float, str, bool, type(None)))
+    if isinstance(hint, type) and issubclass(hint, Part) and not isinstance(value, hint):
+        known = ", ".join(n for n, c in PARTS.items() if issubclass(c, hint))
+        raise MechanismError(f"{owner}: {name} must be a {hint.kind}, one of {known}, got {value}")
     if not simple:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -177,7 +180,8 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
     finite = not (number and not math.isfinite(value))
     in_range = not number or ((low is None or value >= low) and (above is None or value > above))
     if not right or not finite or not in_range or (choices and value not in choices):
-        raise MechanismError(f"{owner}: {name} must be {wanted}, got {value!r}")
+        shown = repr(value) if isinstance(value, str) else value_text(value)
+        raise MechanismError(f"{owner}: {name} must be {wanted}, got {shown}")
 
 
 def value_text(value: Any) -> str:

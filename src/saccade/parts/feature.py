@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from saccade.errors import NotSupported
 from saccade.parts.base import Part, Sizes, arg
 
 
@@ -107,6 +108,11 @@ class Favor(Feature):
         self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         w = buffers["favor"].to(x.dtype)
+        if x.shape[1] % w.shape[0] or w.shape[1:] != (self.features, x.shape[-1]):
+            raise NotSupported(
+                f"favor({self.features}) needs a buffer `favor` (key-value heads, {self.features}, {x.shape[-1]}), "
+                f"got {tuple(w.shape)} for {x.shape[1]} heads"
+            )
         w = w.repeat_interleave(x.shape[1] // w.shape[0], dim=0)
         x = x * x.shape[-1] ** -0.25
         exponent = x @ w.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2

@@ -29,12 +29,12 @@ class Pairs(Part):
     def __and__(self, other: Pairs) -> Pairs:
         if isinstance(self, Full) or isinstance(other, Full):
             return other if isinstance(self, Full) else self
-        return And(_flat(And, self) + _flat(And, other))
+        return _joined(And, self, other)
 
     def __or__(self, other: Pairs) -> Pairs:
         if isinstance(self, Full) or isinstance(other, Full):
             return Full()
-        return Or(_flat(Or, self) + _flat(Or, other))
+        return _joined(Or, self, other)
 
     def leaves(self) -> tuple[Pairs, ...]:
         """The atoms of the expression, in order."""
@@ -125,6 +125,11 @@ class Or(Pairs):
 
 def _flat(join: type[And] | type[Or], p: Pairs) -> tuple[Pairs, ...]:
     return p.parts if isinstance(p, join) else (p,)
+
+
+def _joined(join: type[And] | type[Or], a: Pairs, b: Pairs) -> Pairs:
+    parts = tuple(dict.fromkeys(_flat(join, a) + _flat(join, b)))
+    return parts[0] if len(parts) == 1 else join(parts)
 
 
 def merge_spans(spans: list[Span]) -> list[Span]:

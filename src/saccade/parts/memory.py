@@ -58,3 +58,5 @@ class ChannelRatio(Ratio):
     """Divide each feature channel of the state by its own sum over keys."""
 
     name = "channel_ratio"
+    causal = "never"
+    relative = "ratio"

@@ -59,8 +59,6 @@ def merge(parts: Iterable[Partial]) -> Partial:
                 f"merge takes parts (out, lse) of shapes {tuple(first.shape)} and {tuple(first.shape[:-1])}; "
                 f"got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
-    if len(parts) == 1:
-        return parts[0]
     wide = torch.promote_types(first.dtype, torch.float32)
     lses = torch.stack([lse.to(wide) for _, lse in parts])
     total = torch.logsumexp(lses, dim=0)

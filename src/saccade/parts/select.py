@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from saccade.parts.pair import Context
 
 
+ROWS = 1024
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Chosen key blocks of `size` tokens for every query: index and valid are (b, h, L, T)."""
@@ -32,13 +35,10 @@ class Blocks:
         """Boolean (b, h, Q, K) for the rows and the key indices `cols`."""
         index, valid = self.index[:, :, rows], self.valid[:, :, rows]
         blocks = int(cols.max()) // self.size + 1 if cols.numel() else 1
-        table = torch.zeros(
-            (*index.shape[:3], max(blocks, int(index.max()) + 1 if index.numel() else 1)),
-            dtype=torch.bool,
-            device=j.device,
-        )
-        table.scatter_(-1, index, valid)
-        return table.index_select(-1, cols // self.size)
+        count = max(blocks, int(index.max()) + 1 if index.numel() else 1)
+        table = torch.zeros((*index.shape[:3], count), dtype=torch.uint8, device=j.device)
+        table.scatter_reduce_(-1, index, valid.to(torch.uint8), "amax")
+        return table.index_select(-1, cols // self.size).bool()
 
 
 @dataclass(frozen=True)
@@ -140,16 +140,30 @@ class TopBlocks(Select):
     @torch.no_grad()
     def choose(self, c: Context) -> Blocks:
         means = self.proxy.keys(c, self.block)
-        count = means.shape[2]
-        scores = grouped_matmul(c.q.to(means.dtype), means.transpose(-1, -2))
-        numbers = torch.arange(count, device=c.q.device)
-        open_ = (numbers * self.block < c.key_ends[:, None, None, None]).expand(-1, 1, c.q.shape[2], -1)
-        if c.looks_back:
-            own = torch.div(c.i, self.block, rounding_mode="floor")
-            open_ = open_ & (numbers < own[:, None, :, None])
-        scores = scores.masked_fill(~open_, -torch.inf)
-        best, index = scores.topk(min(self.top, count), dim=-1, sorted=False)
-        return Blocks(index, ~torch.isneginf(best), self.block)
+        blocks = means.shape[2]
+        choices = min(self.top, blocks)
+        shape = (*c.q.shape[:3], choices)
+        index = torch.zeros(shape, dtype=torch.long, device=c.q.device)
+        valid = torch.zeros(shape, dtype=torch.bool, device=c.q.device)
+        numbers = torch.arange(blocks, device=c.q.device)
+        for r0 in range(0, shape[2], ROWS):
+            rows = slice(r0, min(shape[2], r0 + ROWS))
+            open_ = numbers * self.block < c.key_ends[:, None, None, None]
+            reach = blocks
+            if c.looks_back:
+                own = torch.div(c.i[:, rows], self.block, rounding_mode="floor")
+                open_ = open_ & (numbers < own[:, None, :, None])
+                if c.offset is not None:
+                    reach = min(blocks, (c.offset + rows.stop - 1) // self.block)
+            kept = min(choices, reach)
+            if kept < 1:
+                continue
+            scores = grouped_matmul(c.q[:, :, rows].to(means.dtype), means[:, :, :reach].transpose(-1, -2))
+            scores = scores.masked_fill(~open_[..., :reach], -torch.inf)
+            best, found = scores.topk(kept, dim=-1, sorted=False)
+            index[:, :, rows, :kept] = found
+            valid[:, :, rows, :kept] = ~torch.isneginf(best)
+        return Blocks(index, valid, self.block)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
+from saccade.parts.heads import Heads
 from saccade.parts.pair import Context, Program, map_tokens
 from saccade.parts.select import Selection
 from saccade.parts.state import State
@@ -232,13 +233,14 @@ def _check(
 def _check_named(m: Mechanism, c: Context) -> None:
     sizes = c.sizes
     weights = m.weights(sizes)
+    layer = {n for p in m.parts() if isinstance(p, Heads) for n in p.weights(sizes)}
     checks: tuple[tuple[dict[str, Tensor], list[str], str], ...] = (
         (c.params, list(weights), "params"),
         (c.buffers, list(m.buffer_names()), "buffers"),
         (c.streams, list(m.streams(sizes)), "streams"),
     )
     for given, declared, what in checks:
-        missing = [n for n in declared if n not in given]
+        missing = [n for n in declared if n not in given and n not in layer]
         if missing:
             shapes = ", ".join(f"{n} {tuple(weights[n].shape)}" if n in weights else n for n in missing)
             raise ValueError(
@@ -249,8 +251,15 @@ def _check_named(m: Mechanism, c: Context) -> None:
             raise ValueError(
                 f"{m} has no {what} called {', '.join(unknown)}; it has {', '.join(declared) or 'none'}"
             )
+        for n, x in given.items():
+            if x.device != c.q.device:
+                raise ValueError(f"{what}[{n!r}] is on {x.device}, q on {c.q.device}")
+    for n, stream in m.streams(sizes).items():
+        tokens = (*c.q.shape[:2], c.q.shape[2] if stream.side == "q" else c.k.shape[2])
+        if tuple(c.streams[n].shape) != tokens:
+            raise ValueError(f"streams[{n!r}] must have shape {tokens}, got {tuple(c.streams[n].shape)}")
     for n, w in weights.items():
-        if tuple(c.params[n].shape) != tuple(w.shape):
+        if n in c.params and tuple(c.params[n].shape) != tuple(w.shape):
             raise ValueError(
                 f"params[{n!r}] must have shape {tuple(w.shape)}, got {tuple(c.params[n].shape)}"
             )
@@ -299,14 +308,17 @@ def _run(m: Mechanism, c: Context, lse: bool, kernel: str | None) -> tuple[Tenso
 
 def _empty(m: Mechanism, c: Context, lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """The answer when there is no query, no key or no sample."""
-    if c.q.numel() and c.k.numel() and c.v.numel():
-        return None
+    return None if c.q.numel() and c.k.numel() and c.v.numel() else _zeros(m, c, lse)
+
+
+def _zeros(m: Mechanism, c: Context, lse: bool) -> tuple[Tensor, Tensor | None]:
     rows = (
         c.k.shape[2]
         if isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query
         else c.q.shape[2]
     )
     out = c.q.new_zeros(c.q.shape[0], c.q.shape[1], rows, c.v.shape[-1])
+    out = out + sum(x[..., :0].sum() for x in (c.q, c.k, c.v))
     wide = torch.promote_types(c.q.dtype, torch.float32)
     return out, torch.full(out.shape[:3], -torch.inf, dtype=wide, device=out.device) if lse else None
 
@@ -388,6 +400,8 @@ def _advance(
             dtype=c.q.dtype,
             device=c.q.device,
         )
+    else:
+        _check_state(m, c, state)
     if isinstance(m, Combine):
         shares = by_head(m, c) if isinstance(m, ByHead) else [c] * len(m.children)
         inner = lse or m.word == "join"
@@ -397,12 +411,49 @@ def _advance(
         ]
         out, joint = combine(m, [(o, x) for o, x, _ in found])
         return out, joint, State({}, state.length + c.k.shape[2], 0, tuple(s for _, _, s in found))
-    if isinstance(m, Recurrent):
-        return _advance_recurrent(m, c, state, lse)
-    assert isinstance(m, Pairwise)
-    if m.heads is not None and m.heads.learned_query:
-        return _advance_scan(m, c, state)
-    return _advance_cache(m, c, state, lse, kernel)
+    assert isinstance(m, Pairwise | Recurrent)
+    if isinstance(m, Pairwise) and not (m.heads is not None and m.heads.learned_query):
+        return _advance_cache(m, c, state, lse, kernel)
+    own = "recurrent" if isinstance(m, Recurrent) else "scan"
+    if kernel not in (None, own):
+        raise NotSupported(f"with a state, {m} is run by {own}, but the call demands {kernel}; leave it out")
+    if c.mask is not None:
+        raise NotSupported(
+            f"the state of {m} cannot follow a mask of single pairs; use key_lengths for padding"
+        )
+    if not c.k.shape[2]:
+        return *_zeros(m, c, lse), state
+    return _advance_recurrent(m, c, state, lse) if isinstance(m, Recurrent) else _advance_scan(m, c, state)
+
+
+def _check_state(m: Mechanism, c: Context, state: State) -> None:
+    """Raise ValueError unless `state` is one of this mechanism, for the batch, heads, sizes and dtype of the call."""
+    s = c.sizes
+    fresh = init_state(
+        m,
+        c.q.shape[0],
+        s.kv_heads,
+        s.head_dim,
+        s.value_dim,
+        heads=s.heads,
+        dtype=c.q.dtype,
+        device="meta",
+    )
+    wanted, given = _state_text(fresh), _state_text(state)
+    if wanted != given:
+        raise ValueError(
+            f"the state does not belong to this call of {m}: it should hold {wanted}, and holds {given}; "
+            "start from init_state(...) or from a call with need=('out', 'state')"
+        )
+
+
+def _state_text(state: State) -> str:
+    """What a state holds, its length apart."""
+    own = [
+        f"{n} {[*x.shape[:2], *x.shape[3:]]} {str(x.dtype).removeprefix('torch.')}"
+        for n, x in state.tensors.items()
+    ]
+    return ", ".join(own + [f"({_state_text(s)})" for s in state.members])
 
 
 def _advance_cache(
@@ -414,15 +465,19 @@ def _advance_cache(
             f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
         )
     mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
-    start, horizon = state.start, m.pairs.horizon
-    after = state.appended(k=mapped.k, v=c.v)
+    start, horizon = state.start, m.pairs.horizon if m.static else None
+    grad = _request(c, lse).grad
+    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=c.v)
+    if grad:
+        after = replace(after, room={})
     keys, values = after.tensors["k"], after.tensors["v"]
     if horizon is not None and keys.shape[2] >= 2 * max(horizon, 8):
         drop = keys.shape[2] - (horizon - 1)
         kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
         after = State(kept, after.length, start + drop)
     past = state.length > 0
-    bound = replace(mapped, k=keys, v=values, offset=state.length, start=start, decoding=past)
+    mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., start:]
+    bound = replace(mapped, k=keys, v=values, mask=mask, offset=state.length, start=start, decoding=past)
     empty = _empty(m, bound, lse)
     if empty is not None:
         return *empty, after
@@ -434,10 +489,6 @@ def _advance_recurrent(
     m: Recurrent, c: Context, state: State, lse: bool
 ) -> tuple[Tensor, Tensor | None, State]:
     c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), c.k.shape[2])
-    if c.mask is not None:
-        raise NotSupported(
-            "a recurrent state cannot follow a mask of single pairs; use key_lengths for padding"
-        )
     carry = Carry(state.tensors["s"], state.tensors["z"], state.tensors["m"])
     if c.q.shape[2] == 1 and not lse:
         out, after = step(m, c, carry)

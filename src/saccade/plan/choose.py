@@ -308,7 +308,15 @@ def plan(
     if not shape_given_kv(shape):
         s = replace(s, kv_heads=m.kv_heads(s.heads))
     r = Request(s, torch.device(device).type, dtype, grad, lse, masked, ragged, decoding)
-    return make(m, r, kernel)
+    return _named(make(m, r, kernel), m)
+
+
+def _named(p: Plan, m: Mechanism) -> Plan:
+    """A plan that prints the caller's own words: equal mechanisms share plans, whatever name they were asked by."""
+    children = m.children if isinstance(m, Combine) else ()
+    return replace(
+        p, mechanism=m, members=tuple(_named(x, c) for x, c in zip(p.members, children, strict=True))
+    )
 
 
 def shape_given_kv(shape: Shape | Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.errors import NotSupported
 from saccade.mechanism import ByHead, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
-from saccade.parts.pair import Context, Program, map_tokens
+from saccade.parts.pair import Context, Program, map_tokens, without_padding
 from saccade.parts.select import Buckets, Select, Selection
 from saccade.reference import by_head, evaluate, recurrent_weights
 
@@ -53,7 +53,10 @@ def mass(m: Mechanism, c: Context) -> Tensor:
         device=c.q.device,
     )
     for r0 in range(0, length, SLAB):
-        total += slab(m, c, r0, min(length, r0 + SLAB)).sum(2)
+        w = slab(m, c, r0, min(length, r0 + SLAB))
+        if c.query_valid is not None:
+            w = w.masked_fill(~c.query_valid[:, None, r0 : r0 + SLAB, None], 0)
+        total += w.sum(2)
     return total
 
 
@@ -81,6 +84,7 @@ def slab(m: Mechanism, c: Context, r0: int, r1: int) -> Tensor:
     mapped = map_tokens(m.tokens, c, c.k.shape[2])
     wide = torch.promote_types(c.q.dtype, torch.float32)
     if isinstance(m, Recurrent):
+        mapped = without_padding(mapped)
         cut = replace(mapped, q=mapped.q[:, :, r0:r1].to(wide), k=mapped.k.to(wide))
         if c.offset is None:
             raise NotSupported(
