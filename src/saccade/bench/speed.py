@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import saccade as sc
 from saccade.bench import measure
-from saccade.parts.base import Sizes
+from saccade.parts.base import Sizes, Stream
 
 _TINY = 64  # tokens of the first call, which pays for what PyTorch sets up once
 _SETTLE = 2  # steps before a decode is measured, so that its cache has room
@@ -42,7 +42,9 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    extra: dict[str, dict[str, Tensor]]
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    streams: dict[str, Tensor]
 
     @classmethod
     def draw(cls, job: dict[str, Any]) -> Inputs:
@@ -56,21 +58,62 @@ class Inputs:
         def ready(x: Tensor) -> Tensor:
             return x.to(job["device"]).requires_grad_(grad)
 
-        def rows(heads: int) -> Tensor:
-            return ready(torch.randn(s["batch"], heads, job["length"], s["head_dim"], generator=generator))
+        def rows(heads: int, length: int = job["length"]) -> Tensor:
+            return ready(torch.randn(s["batch"], heads, length, s["head_dim"], generator=generator))
+
+        def stream(declared: Stream) -> Tensor:
+            numbers = torch.randn(s["batch"], s["heads"], job["length"], generator=generator)
+            return ready(numbers.sigmoid() * job["length"] if declared.positions else numbers)
 
         sizes = Sizes(s["heads"], kv_heads, s["head_dim"], s["head_dim"])
-        params = {name: ready(w.make(generator)) for name, w in m.weights(sizes).items()}
-        buffers = {name: b.to(job["device"]) for name, b in m.buffers(sizes, generator).items()}
         return cls(
-            m, rows(s["heads"]), rows(kv_heads), rows(kv_heads), {"params": params, "buffers": buffers}
+            m,
+            rows(s["heads"], 1) if _learned_query(m) else rows(s["heads"]),
+            rows(kv_heads),
+            rows(kv_heads),
+            {name: ready(w.make(generator)) for name, w in m.weights(sizes).items()},
+            {name: b.to(job["device"]) for name, b in m.buffers(sizes, generator).items()},
+            {name: stream(x) for name, x in m.streams(sizes).items()},
         )
+
+    def attend(self) -> Tensor:
+        """The whole call."""
+        return sc.attend(
+            self.q,
+            self.k,
+            self.v,
+            self.mechanism,
+            params=self.params,
+            buffers=self.buffers,
+            streams=self.streams,
+        )
+
+    def advance(self, state: sc.State | None) -> sc.State:
+        """The state after a call that goes on from `state`; its output is made and dropped."""
+        after = sc.attend(
+            self.q,
+            self.k,
+            self.v,
+            self.mechanism,
+            state=state,
+            need=("state",),
+            params=self.params,
+            buffers=self.buffers,
+            streams=self.streams,
+        ).state
+        assert after is not None
+        return after
+
+    def latest(self) -> Inputs:
+        """The same with the last token alone."""
+        q, k, v = (x[:, :, -1:].contiguous() for x in (self.q, self.k, self.v))
+        streams = {name: x[:, :, -1:].contiguous() for name, x in self.streams.items()}
+        return replace(self, q=q, k=k, v=v, streams=streams)
 
     def kernel(self, what: str) -> str:
         """The kernel that the plan chooses."""
-        batch, heads, length, head_dim = self.q.shape
-        rows = 1 if what == "decode" else length
-        shape = sc.Shape(batch, heads, rows, head_dim, self.k.shape[1], length)
+        batch, heads, rows, head_dim = self.q.shape
+        shape = sc.Shape(batch, heads, 1 if what == "decode" else rows, head_dim, *self.k.shape[1:3])
         return sc.plan(
             self.mechanism,
             shape,
@@ -80,6 +123,11 @@ class Inputs:
         ).kernel
 
 
+def _learned_query(m: sc.Mechanism) -> bool:
+    """True where all rows share one query, which a layer learns."""
+    return isinstance(m, sc.Pairwise) and m.heads is not None and m.heads.learned_query
+
+
 def _call(what: str, x: Inputs) -> Callable[[], object]:
     return {"forward": _forward, "backward": _backward, "decode": _decode}[what](x)
 
@@ -87,18 +135,17 @@ def _call(what: str, x: Inputs) -> Callable[[], object]:
 def _forward(x: Inputs) -> Callable[[], object]:
     @torch.no_grad()
     def call() -> object:
-        return sc.attend(x.q, x.k, x.v, x.mechanism, **x.extra)
+        return x.attend()
 
     return call
 
 
 def _backward(x: Inputs) -> Callable[[], object]:
-    upstream = torch.ones_like(x.q)
-    learned = (x.q, x.k, x.v, *x.extra["params"].values())
+    upstream = x.v.new_ones(*x.q.shape[:2], *x.v.shape[2:])
+    learned = (x.q, x.k, x.v, *x.params.values(), *x.streams.values())
 
     def call() -> object:
-        out = sc.attend(x.q, x.k, x.v, x.mechanism, **x.extra)
-        return torch.autograd.grad(out, learned, upstream)
+        return torch.autograd.grad(x.attend(), learned, upstream, allow_unused=True)
 
     return call
 
@@ -106,15 +153,14 @@ def _backward(x: Inputs) -> Callable[[], object]:
 @torch.no_grad()
 def _decode(x: Inputs) -> Callable[[], object]:
     """One more token a call, each after all that went before."""
-    state = sc.attend(x.q, x.k, x.v, x.mechanism, need=("state",), **x.extra).state
-    q, k, v = (t[:, :, -1:].contiguous() for t in (x.q, x.k, x.v))
+    state = x.advance(None)
+    token = x.latest()
 
     @torch.no_grad()
     def call() -> object:
         nonlocal state
-        out, *_, after, _ = sc.attend(q, k, v, x.mechanism, state=state, need=("state",), **x.extra)
-        state = after
-        return out
+        state = token.advance(state)
+        return state
 
     for _ in range(_SETTLE):
         call()

@@ -19,7 +19,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Worker:
@@ -29,7 +29,7 @@ class Worker:
         self.stop()
         self._errors.close()
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[str]:
         """Start the process now, so that it imports while the caller does something else."""
         self._errors.seek(0)
         self._errors.truncate()
@@ -41,23 +41,24 @@ class Worker:
             text=True,
             start_new_session=True,  # a Ctrl-C is for the caller, who then stops this process
         )
+        return self._process
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """The result of a job: {"cells": {id: cell}}, or {"error": why}."""
-        if self._process is None:
-            self.start()
-        assert self._process and self._process.stdin and self._process.stdout
+        process = self._process or self.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             return {"error": self._died()}
         result: dict[str, Any] = json.loads(line)
         if result.pop("last", False):
-            self._process.wait()
+            process.wait()
             self._process = None
         return result
 

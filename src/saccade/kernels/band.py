@@ -36,9 +36,13 @@ class Band:
     i: Tensor | None = None
     cache: dict[tuple[int, ...], tuple[Tensor | None, bool]] = field(default_factory=dict)
 
+    def reach(self, r0: int, r1: int, keys: int) -> list[Span]:
+        """Key spans of a slab."""
+        return spans(self.pairs, self.offset, self.start, r0, r1, keys)
+
     def tiles(self, r0: int, r1: int, keys: int, key_tile: int) -> list[list[Span]]:
         """Key tiles of a slab; short spans share a tile."""
-        found = spans(self.pairs, self.offset, self.start, r0, r1, keys)
+        found = self.reach(r0, r1, keys)
         if sum(hi - lo for lo, hi in found) <= key_tile:
             return [found] if found else []
         return [[(a, min(hi, a + key_tile))] for lo, hi in found for a in range(lo, hi, key_tile)]
@@ -158,12 +162,18 @@ def pick(x: Tensor, tile: list[Span]) -> Tensor:
 
 
 def stack_groups(
-    band: Band, stacks: int, group: int, query_tile: int, key_tile: int, keys: int, device: str
+    band: Band, stacks: int, group: int, rows: int, query_tile: int, key_tile: int, keys: int, device: str
 ) -> list[slice]:
     """Stacks that run together: as many as leave one tile in cache, all of them where the bias differs between them."""
     if band.mask is not None or band.ends is not None or band.logits or band.offset is None or not stacks:
         return [slice(0, stacks)]
-    size = group * query_tile * min(key_tile, keys)
+    last = max(0, rows - query_tile)
+    widest = max(
+        hi - lo
+        for r0 in (0, last // 2, last)
+        for lo, hi in [(0, 1), *band.reach(r0, min(rows, r0 + query_tile), keys)]
+    )
+    size = group * min(rows, query_tile) * min(key_tile, widest)
     step = max(1, CACHE_NUMBERS["cpu" if device == "cpu" else "cuda"] // max(1, size))
     return [slice(a, min(stacks, a + step)) for a in range(0, stacks, step)]
 
@@ -180,7 +190,7 @@ def forward(
     q4, out4 = fold(q, b * g), out.view(b * g, h // g, rows, -1)
     lse4 = None if lse is None else lse.view(b * g, h // g, rows)
     k3, v3 = k.reshape(b * g, keys, -1), v.reshape(b * g, keys, -1)
-    for cut in stack_groups(band, b * g, h // g, query_tile, key_tile, keys, q.device.type):
+    for cut in stack_groups(band, b * g, h // g, rows, query_tile, key_tile, keys, q.device.type):
         batch = b if cut.stop - cut.start == b * g else 1
         for r0 in range(0, rows, query_tile):
             r1 = min(rows, r0 + query_tile)
@@ -260,7 +270,7 @@ def backward(
         torch.zeros(k3.shape, dtype=wide, device=k.device),
         torch.zeros(v3.shape, dtype=wide, device=v.device),
     )
-    for cut in stack_groups(band, b * g, h // g, query_tile, key_tile, keys, q.device.type):
+    for cut in stack_groups(band, b * g, h // g, rows, query_tile, key_tile, keys, q.device.type):
         batch = b if cut.stop - cut.start == b * g else 1
         for r0 in range(0, rows, query_tile):
             at = (cut, slice(None), slice(r0, min(rows, r0 + query_tile)))

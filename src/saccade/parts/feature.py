@@ -82,6 +82,7 @@ class Favor(Feature):
 
     name = "favor"
     buffer_names = ("favor",)
+    needs = frozenset({"ratio"})
     gives = frozenset({"denominator", "positive"})
 
     def buffers(self, sizes: Sizes, generator: torch.Generator | None) -> dict[str, Tensor]:

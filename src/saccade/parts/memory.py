@@ -50,7 +50,7 @@ class RowRatio(Ratio):
 
     name = "ratio"
     needs = frozenset({"denominator"})
-    gives = frozenset({"positive"})
+    gives = frozenset({"positive", "ratio"})
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ class Softmax(Normalizer):
     gives = frozenset({"exp", "denominator", "positive"})
 
     def normalize(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        lse = torch.logsumexp(s, dim=-1)
-        empty = torch.isneginf(lse).unsqueeze(-1)
-        return torch.softmax(s.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0), lse
+        empty = torch.isneginf(s.detach()).all(-1, keepdim=True)
+        s = s.masked_fill(empty, 0.0)
+        lse = torch.logsumexp(s, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)
+        return torch.softmax(s, dim=-1).masked_fill(empty, 0.0), lse
 
 
 def merge(parts: Iterable[Partial]) -> Partial:
@@ -61,8 +62,9 @@ def merge(parts: Iterable[Partial]) -> Partial:
             )
     wide = torch.promote_types(first.dtype, torch.float32)
     lses = torch.stack([lse.to(wide) for _, lse in parts])
-    total = torch.logsumexp(lses, dim=0)
-    base = total.masked_fill(torch.isneginf(total), 0.0)
+    empty = torch.isneginf(lses.detach().amax(0))
+    base = torch.logsumexp(lses.masked_fill(empty, 0.0), dim=0).masked_fill(empty, 0.0)
+    total = base.masked_fill(empty, -torch.inf)
     shares = torch.exp(lses - base).unsqueeze(-1)
     acc = torch.zeros(first.shape, dtype=wide, device=first.device)
     for share, (out, _) in zip(shares, parts, strict=True):

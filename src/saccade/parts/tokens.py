@@ -36,8 +36,8 @@ class Rope(TokenMap):
             raise NotSupported(f"rope turns pairs of channels: head_dim must be even, got {d}")
         wide = torch.promote_types(x.dtype, torch.float32)
         rates = torch.pow(self.base, -torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
-        angle = (positions[:, None, :, None].double() * rates).to(wide)
-        cos, sin = angle.cos(), angle.sin()
+        angle = positions[:, None, :, None].double() * rates
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         a, b = x.to(wide).chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
