@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.mechanism.text import mechanism as parse
 from saccade.mechanism.values import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
-from saccade.parts.memory import ChannelRatio, RowRatio
+from saccade.parts.memory import ChannelRatio, RowRatio, divide, log_total
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context, Program, map_tokens, without_padding
 from saccade.parts.score import grouped_matmul
@@ -133,11 +133,15 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     """w_ij = phi(q_i).phi(k_j) decay^(i - j), divided as the ratio says, and the log-denominator or None."""
     phi_q, scale_q = m.feature.map(c.q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(c.k, "k", c.valid, c.buffers)
+    if c.valid is not None:
+        phi_k = phi_k.masked_fill(~c.valid[:, None, :, None], 0)
     repeat = c.q.shape[1] // c.k.shape[1]
     i, j = c.i[:, None, :, None], c.j[:, None, None]
     exist = m.pairs.exist(i, j)  # type: ignore[attr-defined]
     if c.valid is not None:
         exist = exist & c.valid[:, None, None]
+    if c.mask is not None:
+        exist = exist & c.mask
     log = torch.zeros((), dtype=phi_q.dtype, device=phi_q.device)
     if m.decay is not None:
         rate = m.decay.log(c.k.shape[1], phi_q.device, phi_q.dtype).repeat_interleave(repeat)
@@ -149,13 +153,13 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     top = top.masked_fill(torch.isneginf(top), 0.0)
     if isinstance(m.ratio, ChannelRatio):
         sums = phi_k.sum(2).repeat_interleave(repeat, dim=1)[:, :, None]
-        phi_q = torch.where(sums > 0, phi_q / sums.clamp_min(torch.finfo(sums.dtype).tiny), 0.0)
+        phi_q = divide(phi_q, sums)
     w = grouped_matmul(phi_q, phi_k.transpose(-1, -2)) * torch.exp(log - top)
     if not isinstance(m.ratio, RowRatio):
         return w, None
     total = w.sum(-1, keepdim=True)
-    lse = (total.log() + top).squeeze(-1) + (0.0 if scale_q is None else scale_q)
-    return torch.where(total > 0, w / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0), lse
+    lse = (log_total(total) + top).squeeze(-1) + (0.0 if scale_q is None else scale_q)
+    return divide(w, total), lse
 
 
 def combine(m: Combine, c: Context) -> tuple[Tensor, Tensor | None]:

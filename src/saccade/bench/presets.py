@@ -24,16 +24,18 @@ class Quality:
 
 @dataclass(frozen=True)
 class RecallRun:
-    """A model trained on recall at all `lengths` in turn, with `tokens` a step."""
+    """A model trained on recall, `tokens` a step: first at the shortest of `lengths`, then at all in turn."""
 
     lengths: tuple[int, ...]
     steps: int
     tokens: int
+    pairs: int
+    queries: int
+    keys: int
+    values: int
     dim: int
     depth: int
     heads: int
-    pairs: int = 8
-    queries: int = 32
     learning_rate: float = 2e-3
 
 
@@ -63,20 +65,20 @@ QUICK = Preset(
     "quick",
     (0,),
     Quality(tokens=131_072, length=256, batch=8, dim=64, depth=2, heads=2),
-    RecallRun(lengths=(64, 320), steps=200, tokens=4096, dim=64, depth=2, heads=1),
+    RecallRun((64, 320), 180, 4096, pairs=4, queries=56, keys=8, values=8, dim=64, depth=2, heads=1),
     Speed(lengths=(512, 2048, 8192), seconds=0.1),
 )
 DEFAULT = Preset(
     "default",
     (0,),
     Quality(tokens=393_216, length=512, batch=8, dim=128, depth=4, heads=4),
-    RecallRun(lengths=(64, 320), steps=400, tokens=4096, dim=64, depth=2, heads=1),
+    RecallRun((64, 320), 500, 4096, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
     Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=1.0),
 )
 LONG = Preset(
     "long",
     (0, 1, 2),
     Quality(tokens=20 * 393_216, length=512, batch=8, dim=128, depth=4, heads=4),
-    RecallRun(lengths=(64, 320, 1024), steps=8000, tokens=4096, dim=64, depth=2, heads=1),
-    Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=2.0),
+    RecallRun((64, 320, 1024), 4000, 8192, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
+    Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=1.0),
 )

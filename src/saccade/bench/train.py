@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,14 @@ def quality(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def recall(job: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy of one model, trained on all lengths in turn, at each of them."""
+    """Accuracy at each length of one model that was trained on all of them."""
     s, device = job["settings"], job["device"]
-    tasks = [Recall(n, pairs=s["pairs"], queries=s["queries"]) for n in s["lengths"]]
-    shown = _easy_to_hard(s["pairs"])
-    model = _model(job, tasks[0].vocab, max(s["lengths"]))
+    tasks = [Recall(n, s["pairs"], s["queries"], s["keys"], s["values"]) for n in sorted(s["lengths"])]
+    model = _model(job, tasks[0].vocab, tasks[-1].length)
     generator = torch.Generator().manual_seed(job["seed"])
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(s["steps"]):
-            task = tasks[step % len(tasks)]
-            pairs = shown[step // len(tasks) % len(shown)]
+        for task, pairs in short_then_all(tasks, s["steps"]):
             tokens, targets = task.batch(max(1, s["tokens"] // task.length), generator, pairs)
             yield tokens.to(device), targets.to(device)
 
@@ -80,14 +77,30 @@ def recall(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def short_then_all(tasks: Sequence[Recall], steps: int) -> Iterator[tuple[Recall, int]]:
+    """The task and the pairs of each step.
+
+    Two thirds go to the shortest task with a few pairs, some and all in turn, where the rule is found soonest;
+    the rest to all tasks in turn with all pairs.
+    """
+    pairs = tasks[0].pairs
+    counts = sorted({max(1, pairs // 4), max(1, pairs // 2), pairs})
+    first = 2 * steps // 3
+    for step in range(steps):
+        if step < first:
+            yield tasks[0], counts[step % len(counts)]
+        else:
+            yield tasks[step % len(tasks)], pairs
+
+
 def fit(
     model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, learning_rate: float
 ) -> list[float]:
-    """Train with AdamW, warm-up, cosine decay and clipped gradients; the loss of each step in bits."""
+    """Train with AdamW, warm-up, decay and clipped gradients; the loss of each step in bits."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_hold_decay(steps))
     losses = []
     model.train()
     for tokens, targets in batches:
@@ -103,14 +116,12 @@ def fit(
     return losses
 
 
-def warm_up_then_cosine(steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate: up over a tenth of the steps, then down to a tenth."""
-    warm = max(1, steps // 10)
+def warm_up_hold_decay(steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate: up over a tenth of the steps, level, down to a tenth over the last third."""
+    warm, down = max(1, steps // 10), max(1, steps // 3)
 
     def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+        return min((step + 1) / warm, 1.0, 0.1 + 0.9 * (steps - step) / down)
 
     return factor
 
@@ -119,13 +130,9 @@ def _model(job: dict[str, Any], vocab: int, length: int) -> nn.Module:
     torch.manual_seed(job["seed"])
     s = job["settings"]
     model = sc.nn.Transformer(
-        vocab=vocab,
-        dim=s["dim"],
-        depth=s["depth"],
-        heads=s["heads"],
-        mechanism=job["text"],
-        max_length=length,
+        vocab=vocab, dim=s["dim"], depth=s["depth"], heads=s["heads"], mechanism=job["text"], max_length=length
     )
+    nn.init.normal_(model.embedding.tokens.weight, std=s["dim"] ** -0.5)
     return model.to(job["device"])
 
 
@@ -154,11 +161,6 @@ def _recalled(model: nn.Module, task: Recall, seed: int, device: str) -> dict[st
         "questions": int((targets != SILENT).sum()),
         "reach": f"the answer lies at least {task.beyond} tokens back",
     }
-
-
-def _easy_to_hard(pairs: int) -> list[int]:
-    """A few pairs, some, all: with few, a model finds out sooner what is asked."""
-    return sorted({max(1, pairs // 4), max(1, pairs // 2), pairs})
 
 
 def _curve(losses: list[float], tokens: int) -> list[list[float]]:

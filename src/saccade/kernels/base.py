@@ -8,8 +8,19 @@ from typing import ClassVar
 from torch import Tensor
 
 from saccade.cost import Cost, Request
-from saccade.mechanism.values import Mechanism
+from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.pair import Context
+
+
+def preparation_flops(m: Pairwise, r: Request) -> int:
+    """FLOPs of the token-level work of score and summary; with gradients, of their inputs and weights too."""
+    s = r.shape
+    rows = s.keys if m.summary is None else m.summary.rows(s.keys)
+    q, k = m.score.token_flops(s.head_dim)
+    flops = s.batch * (s.heads * s.length * q + s.kv_heads * rows * k)
+    if m.summary is not None:
+        flops += 2 * s.batch * s.kv_heads * rows * s.keys * (s.head_dim + s.value_dim)
+    return flops * (3 if r.grad else 1)
 
 
 class Kernel(ABC):

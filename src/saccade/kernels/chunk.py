@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.cost import Cost, Request
 from saccade.kernels.band import ALIGN, CACHE_NUMBERS, Band, attend
-from saccade.kernels.base import Kernel
+from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.fold import Fold, fold_of
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.logits import StaticBias
@@ -124,7 +124,7 @@ def _cost(m: Pairwise, r: Request) -> Cost:
     rows, keys = -(-s.length // step), -(-keys // step)
     area, largest, count = tile_area(pairs, rows, keys, query_tile, key_tile)
     stacks = s.batch * s.heads * step
-    forward_flops = 2 * stacks * area * (s.head_dim + s.value_dim)
+    forward_flops = 2 * stacks * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
     back_flops = 2 * stacks * area * (3 * s.head_dim + 2 * s.value_dim)
     q, k, v, o = r.tensor_bytes()
     numbers = stacks * rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel
 from saccade.mechanism.values import Mechanism, Recurrent
-from saccade.parts.memory import ChannelRatio, Ratio, RowRatio
+from saccade.parts.memory import ChannelRatio, Ratio, RowRatio, divide, log_total
 from saccade.parts.pair import Context, without_padding
 
 CHUNK = 128
@@ -53,26 +53,22 @@ def bidirectional(m: Recurrent, c: Context, chunk: int = CHUNK) -> tuple[Tensor,
         phi_k = phi_k * torch.exp(scale_k - top).unsqueeze(-1)
     s, z = phi_k.transpose(-1, -2) @ v, phi_k.sum(2)
     if isinstance(m.ratio, ChannelRatio):
-        s = torch.where(z.unsqueeze(-1) > 0, s / _positive(z).unsqueeze(-1), 0.0)
+        s = divide(s, z.unsqueeze(-1))
     rows = phi_q.reshape(q.shape[0], g, -1, phi_q.shape[-1])
     out = (rows @ s).view(*q.shape[:3], -1)
     if not isinstance(m.ratio, RowRatio):
         return out, None
     total = (rows @ z.unsqueeze(-1)).view(q.shape[:3])
-    lse = total.log()
+    lse = log_total(total)
     if scale_q is not None:
         lse = lse + scale_q
     if top is not None:
         lse = lse + top.repeat_interleave(h // g, dim=1)
-    return torch.where(total.unsqueeze(-1) > 0, out / _positive(total).unsqueeze(-1), 0.0), lse
+    return divide(out, total.unsqueeze(-1)), lse
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _positive(x: Tensor) -> Tensor:
-    return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def chunked(
@@ -81,8 +77,7 @@ def chunked(
     """Causal: `(out (b, h, L, e), lse or None, the state after the last token)`; as many queries as keys."""
     c = without_padding(c)
     q, k, v = (_wide(x) for x in (c.q, c.k, c.v))
-    b, length = q.shape[0], q.shape[2]
-    g, e = k.shape[1], v.shape[-1]
+    b, g, e = q.shape[0], k.shape[1], v.shape[-1]
     phi_q, scale_q = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(k, "k", c.valid, c.buffers)
     if c.valid is not None:
@@ -149,8 +144,8 @@ def advance(
     if not isinstance(ratio, RowRatio):
         return out.view(b, h, span, -1), None, after
     total = square.sum(-1) + (reader @ carry.z.unsqueeze(-1)).squeeze(-1)
-    out = torch.where(total.unsqueeze(-1) > 0, out / _positive(total).unsqueeze(-1), 0.0)
-    lse = total.log().view(b, g, h // g, span)
+    out = divide(out, total.unsqueeze(-1))
+    lse = log_total(total).view(b, g, h // g, span)
     lse = lse if level is None else lse + level.unsqueeze(2)
     return out.view(b, h, span, -1), lse.view(b, h, span), after
 
@@ -176,7 +171,7 @@ def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
     out = rows @ s
     if isinstance(m.ratio, RowRatio):
         total = rows @ z.unsqueeze(-1)
-        out = torch.where(total > 0, out / _positive(total), 0.0)
+        out = divide(out, total)
     return out.view(b, h, 1, e), Carry(s, z, level)
 
 
@@ -227,10 +222,9 @@ class RecurrentKernel(Kernel):
         inner = s.batch * s.heads * 2 * (squares * (size + s.value_dim) + s.length * size * s.value_dim)
         if isinstance(m.ratio, RowRatio):
             inner += 2 * s.batch * s.heads * s.length * size
-        flops = (
-            inner
-            + s.batch * s.kv_heads * s.length * 2 * size * s.value_dim
-            + draws * s.batch * (s.heads + s.kv_heads) * s.length
+        flops = inner + s.batch * s.kv_heads * s.length * 2 * size * s.value_dim
+        flops = flops * (3 if r.grad else 1) + s.batch * (s.heads + s.kv_heads) * s.length * draws * (
+            2 if r.grad else 1
         )
         squares = s.batch * s.heads * (squares if r.grad else CHUNK**2) * r.wide
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from saccade.cost import Cost, Request
-from saccade.kernels.base import Kernel
+from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import Causal, Full
@@ -86,7 +86,7 @@ class SdpaKernel(Kernel):
                 s.length * keys - s.length * (s.length - 1) // 2 if keys >= s.length else s.length * keys // 2
             )
             area = s.batch * s.heads * kept
-        flops = 2 * area * (s.head_dim + s.value_dim)
+        flops = 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
         if r.grad:
             flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
         q, k, v, o = r.tensor_bytes()

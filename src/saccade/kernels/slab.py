@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from saccade.cost import Cost, Request
-from saccade.kernels.base import Kernel
+from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.chunk import tile_area
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import is_static
 from saccade.parts.pair import Context, Program
 from saccade.parts.score import grouped_matmul
 
@@ -133,13 +132,13 @@ class SlabKernel(Kernel):
         s = r.shape
         keys = m.summary.rows(s.keys) if m.summary is not None else s.keys
         size = slab_rows(m, r)
-        if is_static(m.pairs) and not r.ragged:
+        if not r.ragged:
             area, largest, count = tile_area(m.pairs, s.length, keys, size, 1 << 60)
         else:
             area, largest, count = s.length * keys, min(size, s.length) * keys, -(-s.length // size)
         stacks = s.batch * s.heads
         per_pair = m.score.pair_flops(s.head_dim) + 2 * s.value_dim
-        flops = stacks * area * per_pair * (4 if r.grad else 1)
+        flops = stacks * area * per_pair * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
         held = (
             2

@@ -248,7 +248,7 @@ KINDS = {
 }
 MANY = {"tokens", "logits", "reweight"}
 STATE_ONLY = {"feature", "decay", "ratio"}
-SHARED = {"heads", "tokens", "pairs"}
+SHARED = {"heads", "tokens"}
 
 
 def _sum(terms: list[Any]) -> Mechanism:
@@ -287,19 +287,21 @@ def _sum(terms: list[Any]) -> Mechanism:
                 )
             put(KINDS[term.kind], term, term.name)
         elif isinstance(term, Pairwise | Recurrent):
-            if family is not None and family is not type(term):
-                raise MechanismError(
-                    f"{term} is {term.family}, the rest is {family.family}; a sum has one family, use mix(...) or by_head(...)"
-                )
-            family = type(term)
-            for f in dataclasses.fields(term):
-                value = getattr(term, f.name)
-                if not f.init or value == f.default or value == ():
-                    continue
-                if f.name == "pairs":
+            own = {f.name: getattr(term, f.name) for f in dataclasses.fields(term) if f.init}
+            own = {
+                n: x for n, x in own.items() if x != () and x != type(term).__dataclass_fields__[n].default
+            }
+            if not own or own.keys() - SHARED:
+                if family is not None and family is not type(term):
+                    raise MechanismError(
+                        f"{term} is {term.family}, the rest is {family.family}; a sum has one family, use mix(...) or by_head(...)"
+                    )
+                family = type(term)
+            for name, value in own.items():
+                if name == "pairs":
                     limits.append(value)
                 else:
-                    put(f.name, value, str(term))
+                    put(name, value, str(term))
         elif isinstance(term, Combine):
             raise MechanismError(
                 f"{term.word}(...) is whole by itself: put the other parts inside its members"

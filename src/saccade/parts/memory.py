@@ -44,6 +44,18 @@ class Ratio(Part):
     kind = "ratio"
 
 
+def divide(x: Tensor, total: Tensor) -> Tensor:
+    """x / total, and zeros where nothing was summed."""
+    empty = total == 0
+    return (x / total.masked_fill(empty, 1)).masked_fill(empty, 0)
+
+
+def log_total(total: Tensor) -> Tensor:
+    """log total, and -inf where nothing was summed."""
+    empty = total == 0
+    return total.masked_fill(empty, 1).log().masked_fill(empty, -torch.inf)
+
+
 @dataclass(frozen=True)
 class RowRatio(Ratio):
     """Divide by the row's sum of weights, so that the weights sum to one."""

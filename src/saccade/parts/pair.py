@@ -138,7 +138,7 @@ class Program:
         k, v = c.k, c.v
         if m.summary is not None:
             k, v = m.summary.reduce(k, v, c.valid, c.params)
-            c = replace(c, k=k, v=v, ends=None)
+            c = replace(c, k=k, v=v, ends=None, offset=c.offset or 0)
         q, k = m.score.prepare(c.q, k, c.params)
         return cls(m, c, q, k, v, selections, pairs)
 

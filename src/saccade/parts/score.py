@@ -44,6 +44,10 @@ class Score(Part):
         """Matrix FLOPs of one pair."""
         return 2 * head_dim
 
+    def token_flops(self, head_dim: int) -> tuple[int, int]:
+        """Matrix FLOPs of `prepare`, a query and a key."""
+        return 0, 0
+
     def temporaries(self, head_dim: int) -> int:
         """Numbers a pair that `tile` holds besides the logit."""
         return 0
@@ -77,6 +81,9 @@ class Bilinear(Score):
     def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return q @ params["bilinear"].to(q.dtype), k
 
+    def token_flops(self, head_dim: int) -> tuple[int, int]:
+        return 2 * head_dim * head_dim, 0
+
 
 @dataclass(frozen=True)
 class Additive(Score):
@@ -106,6 +113,9 @@ class Additive(Score):
 
     def pair_flops(self, head_dim: int) -> int:
         return 2 * self.hidden
+
+    def token_flops(self, head_dim: int) -> tuple[int, int]:
+        return 2 * head_dim * self.hidden, 2 * head_dim * self.hidden
 
     def temporaries(self, head_dim: int) -> int:
         return 2 * self.hidden

@@ -451,7 +451,7 @@ def _state_text(state: State) -> str:
     """What a state holds, its length apart."""
     own = [
         f"{n} {[*x.shape[:2], *x.shape[3:]]} {str(x.dtype).removeprefix('torch.')}"
-        for n, x in state.tensors.items()
+        for n, x in sorted(state.tensors.items())
     ]
     return ", ".join(own + [f"({_state_text(s)})" for s in state.members])
 

@@ -26,6 +26,7 @@ from saccade.kernels.sdpa import SdpaKernel, backend
 from saccade.kernels.slab import SlabKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
+from saccade.parts.memory import ChannelRatio, RowRatio
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context
 
@@ -43,6 +44,12 @@ class ReferenceKernel(Kernel):
     def reasons(self, m: Mechanism, r: Request) -> list[str]:
         s = r.shape
         pairs = s.batch * s.heads * s.length * s.keys
+        if r.lse and not _has_lse(m):
+            return ["the mechanism has no log-denominator"]
+        if r.masked and (
+            isinstance(m, Mixer) or (isinstance(m, Recurrent) and isinstance(m.ratio, ChannelRatio))
+        ):
+            return ["the mechanism has no single pairs to mask; use key_lengths for padding"]
         return (
             [f"would hold {pairs:,} pairs; it takes at most {LARGEST_MATRIX:,}"]
             if pairs > LARGEST_MATRIX
@@ -60,6 +67,12 @@ class ReferenceKernel(Kernel):
         bare = replace(m, tokens=()) if isinstance(m, Pairwise | Recurrent) else m
         out, lse = reference.evaluate(bare, replace(c, q=c.q.to(wide), k=c.k.to(wide), v=c.v.to(wide)))
         return out.to(r.dtype), lse
+
+
+def _has_lse(m: Mechanism) -> bool:
+    if isinstance(m, Recurrent):
+        return isinstance(m.ratio, RowRatio)
+    return isinstance(m, Pairwise) and not any(p.reach == "bucket" for p in m.parts())
 
 
 KERNELS: tuple[Kernel, ...] = (

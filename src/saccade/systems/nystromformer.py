@@ -11,6 +11,7 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.mechanism import Mixer, system
 from saccade.parts.base import Sizes, Weight, arg, check_argument
+from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context
 
 
@@ -22,7 +23,7 @@ def segment_means(x: Tensor, landmarks: int, valid: Tensor | None) -> Tensor:
     segment = torch.div(at * landmarks, count.clamp_min(1), rounding_mode="floor").clamp_max(landmarks - 1)
     member = torch.nn.functional.one_hot(segment, landmarks).to(x.dtype)
     if valid is not None:
-        member = member * valid.unsqueeze(-1)
+        member, x = member * valid.unsqueeze(-1), x.masked_fill(~valid[:, None, :, None], 0)
     sizes = member.sum(1).clamp_min(1)
     return torch.einsum("bnm,bhnd->bhmd", member, x) / sizes[:, None, :, None]
 
@@ -68,7 +69,7 @@ class Nystrom(Mixer):
         s = q_mean @ k.transpose(-1, -2)
         if c.valid is not None:
             s = s.masked_fill(~c.valid[:, None, None], -torch.inf)
-        out = rows @ (middle @ (torch.softmax(s, -1) @ v))
+        out = rows @ (middle @ (Softmax().normalize(s)[0] @ v))
         return out + self._convolve(v, c) if self.taps else out
 
     def _expand(self, c: Context) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,15 +100,12 @@ class Nystrom(Mixer):
             m = min(self.landmarks, q.shape[2], k.shape[2])
             for h in range(q.shape[1]):
                 qs, ks, vs = q[b, h, :rows] / math.sqrt(q.shape[-1]), k[b, h, :n], v[b, h, :n]
-                q_mean, k_mean = (
-                    [
-                        x[[t for t in range(len(x)) if t * m // len(x) == s]].sum(0)
-                        / max(1, len([t for t in range(len(x)) if t * m // len(x) == s]))
-                        for s in range(m)
-                    ]
+                ql, kl = (
+                    torch.stack(
+                        [x[[t for t in range(len(x)) if t * m // len(x) == at]].mean(0) for at in range(m)]
+                    )
                     for x in (qs, ks)
                 )
-                ql, kl = torch.stack(q_mean), torch.stack(k_mean)
                 a = torch.softmax(ql @ kl.T, -1)
                 z = a.T / (a.sum(0).max() * a.sum(1).max())
                 for _ in range(self.iterations):
@@ -116,8 +114,10 @@ class Nystrom(Mixer):
                 out[b, h, :rows] = torch.softmax(qs @ kl.T, -1) @ z @ torch.softmax(ql @ ks.T, -1) @ vs
                 for tap in range(self.taps):
                     shift = tap - (self.taps - 1) // 2
-                    for t in range(max(0, -shift), min(n, n - shift)):
-                        out[b, h, t] = out[b, h, t] + c.params["taps"][h, tap] * vs[t + shift]
+                    lo, hi = max(0, -shift), min(n, n - shift)
+                    out[b, h, lo:hi] = (
+                        out[b, h, lo:hi] + c.params["taps"][h, tap] * vs[lo + shift : hi + shift]
+                    )
         return out
 
     def cost(self, r: Request) -> Cost:

@@ -1,0 +1,88 @@
+"""The contract holds for what is registered, and catches what is broken."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import saccade as sc
+from broken import BROKEN
+
+PLAIN = [
+    "full",
+    "causal",
+    "window(16)",
+    "neighborhood(9)",
+    "neighborhood(5, dilation=3)",
+    "dilated(4, step=5)",
+    "strided(8)",
+    "causal + window(12) + global(3)",
+    "causal + window(8) + sink(4)",
+    "causal + alibi",
+    "causal + rope",
+    "linear",
+    "causal + linear",
+    "causal + identity + fixed_decay",
+    "mix(window(8), causal + linear)",
+    "by_head(window(4), causal)",
+]
+
+SYSTEMS = [
+    "transformer",
+    "mqa",
+    "causal + gqa(2)",
+    "causal + memory_efficient_attention(32, key_chunk=48)",
+    "luong_attention(score=dot)",
+    "luong_attention(score=general, local=monotonic)",
+    "luong_attention(score=concat)",
+    "luong_attention(score=dot, local=predictive)",
+    "linformer(16)",
+    "performer_favor(16)",
+    "causal + performer_favor(16)",
+    "nystromformer(16, taps=5)",
+    "efficient_attention",
+    "efficient_attention(normalizer=scaling)",
+    "routing_transformer(4, window=16)",
+    "routing_transformer(4, local=false)",
+    "moba(block=16, top=2)",
+    "aaren",
+]
+
+
+@pytest.mark.parametrize("text", PLAIN + SYSTEMS)
+@pytest.mark.filterwarnings("ignore:.*runs by its definition")
+def test_the_contract_holds(text: str) -> None:
+    report = sc.testing.check(text, show=False)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("defect", BROKEN)
+@pytest.mark.filterwarnings("ignore:.*runs by its definition")
+def test_a_broken_mechanism_is_caught(defect: str) -> None:
+    mechanism, caught_by = BROKEN[defect]
+    report = sc.testing.check(mechanism, show=False)
+    assert caught_by in report.failed, str(report)
+
+
+def test_an_oracle_catches_a_wrong_formula() -> None:
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
+
+    assert sc.testing.check("full", oracle=formula, show=False).ok
+    assert "kernels = definition" in sc.testing.check("dot(0.3)", oracle=formula, show=False).failed
+
+
+def test_the_report_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    report = sc.testing.check("window(16)")
+    printed = capsys.readouterr().out
+    assert printed.strip() == str(report)
+    for name in ("no future", "padding", "gradients", "decoding = whole", "cost growth"):
+        assert name in printed
+
+
+def test_every_registered_system_is_checked() -> None:
+    checked = {name for text in SYSTEMS for name in sc.systems.catalogue.by_ref().values() if name in text}
+    assert checked == set(sc.systems.catalogue.by_ref().values())
