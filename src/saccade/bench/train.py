@@ -130,7 +130,12 @@ def _model(job: dict[str, Any], vocab: int, length: int) -> nn.Module:
     torch.manual_seed(job["seed"])
     s = job["settings"]
     model = sc.nn.Transformer(
-        vocab=vocab, dim=s["dim"], depth=s["depth"], heads=s["heads"], mechanism=job["text"], max_length=length
+        vocab=vocab,
+        dim=s["dim"],
+        depth=s["depth"],
+        heads=s["heads"],
+        mechanism=job["text"],
+        max_length=length,
     )
     nn.init.normal_(model.embedding.tokens.weight, std=s["dim"] ** -0.5)
     return model.to(job["device"])

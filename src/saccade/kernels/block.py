@@ -8,7 +8,7 @@ Legend: n = batch x heads x L rows, T choices a query, B block size, R rows of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from saccade.cost import Cost, Request
 from saccade.kernels import band
 from saccade.kernels.band import Band, logits, tile_softmax
-from saccade.kernels.base import Kernel
-from saccade.kernels.chunk import ChunkKernel, softmax_only
+from saccade.kernels.base import Kernel, preparation_flops
+from saccade.kernels.chunk import softmax_only, tile_area
 from saccade.kernels.fold import Fold
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import Causal, Chunk, Full, Pairs, split, static_exist
@@ -160,7 +160,11 @@ class Sparse:
 
 def _tile_rows(chosen: Blocks, blocks: int) -> int:
     length, choices = chosen.index.shape[2:]
-    mean = length * choices / max(1, blocks)
+    return _tile_height(length * choices / max(1, blocks))
+
+
+def _tile_height(mean: float) -> int:
+    """Rows of a tile where blocks are chosen by `mean` rows."""
     return max(8, min(128, 1 << max(3, round(mean / 4).bit_length())))
 
 
@@ -277,6 +281,30 @@ def backward(
     return dq, dk, dv
 
 
+def _chosen(select: TopBlocks, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
+    """Rows that choose a block, summed over the blocks of a head, and the rows of their tiles, for even choices."""
+    size, blocks = select.block, -(-keys // select.block)
+    choices = min(select.top, blocks)
+    height = _tile_height(rows * choices / max(1, blocks))
+    counts, later = [rows * choices / max(1, blocks)] * blocks, 0.0
+    for own in reversed(range(blocks if limit.looks_back else 0)):
+        counts[own] = later
+        i = range(max(keys - rows, own * size), min(keys, (own + 1) * size))
+        later += len(i) * min(choices, own) / max(1, own)
+    tiled = sum(c + height / 2 for c in counts if c)
+    return round(sum(counts)), round(tiled)
+
+
+def _positional_area(limit: Pairs, allow: Pairs | None, size: int, r: Request) -> int:
+    """Pairs that the positional part computes for a head."""
+    s = r.shape
+    if allow is None:
+        return 0
+    if limit == Causal() and allow == Chunk(size) and not (r.ragged or r.shifted or s.length % size):
+        return s.length // size * tile_area(Causal(), size, size, *TILES)[0]
+    return tile_area(limit & allow, s.length, s.keys, *TILES)[0]
+
+
 class BlockKernel(Kernel):
     """Key blocks chosen for every query, joined with a mask by position."""
 
@@ -310,18 +338,12 @@ class BlockKernel(Kernel):
         s = r.shape
         blocks = -(-s.keys // select.block)
         choices = min(select.top, blocks)
-        if limit.looks_back:
-            first = s.keys - s.length
-            chosen = sum(
-                min(choices, (first + i) // select.block) for i in range(0, s.length, select.block)
-            ) * min(select.block, s.length)
-        else:
-            chosen = s.length * choices
         stacks = s.batch * s.heads
-        rows = max(8, min(128, 1 << max(3, round(s.length * choices / blocks / 4).bit_length())))
-        area = stacks * (chosen + blocks * rows // 2) * select.block
+        chosen, tiled = _chosen(select, limit, s.length, s.keys)
+        positional = _positional_area(limit, allow, select.block, r)
+        area = stacks * (tiled * select.block + positional)
         gate = 2 * stacks * s.length * blocks * s.head_dim
-        flops = gate + 2 * area * (s.head_dim + s.value_dim) + 2 * stacks * chosen * s.value_dim
+        flops = gate + 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
         if r.grad:
             flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
         q, k, v, o = r.tensor_bytes()
@@ -330,15 +352,12 @@ class BlockKernel(Kernel):
         table = stacks * s.length * blocks * (4 + 2 + 2)
         moved = stacks * chosen * (s.head_dim + 2 * s.value_dim) * r.wide
         peak = q + o + slots + table + stacks * chosen * 32 + (q + 2 * (k + v) if r.grad else 0)
-        total = Cost(
+        return Cost(
             flops,
-            q + k + v + o + moved * (3 if r.grad else 1) + table,
+            q + k + v + o + moved * (3 if r.grad else 1) + table + stacks * positional * r.wide,
             peak,
             200 * stacks * (3 if r.grad else 1),
         )
-        if allow is None:
-            return total
-        return total + ChunkKernel().cost(replace(m, pairs=limit & allow), r)
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)

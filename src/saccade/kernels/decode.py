@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from saccade.cost import Cost, Request
-from saccade.kernels.base import Kernel
+from saccade.kernels.band import logits, tile_softmax
+from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import cover
@@ -52,7 +55,7 @@ class DecodeKernel(Kernel):
             else 0
         )
         return Cost(
-            2 * area * (s.head_dim + s.value_dim),
+            2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r),
             int((k + v) * share) + q + o,
             q + 2 * o + 3 * area * r.wide + joined * r.wide // r.item,
             8,
@@ -61,10 +64,22 @@ class DecodeKernel(Kernel):
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
         program = Program.bind(m, c)
-        tile = program.tile(slice(0, program.rows), program.spans(0, program.rows))
-        w, lse = program.weights(tile)
-        b, h, rows, keys = w.shape
-        g = tile.k.shape[1]
-        low = w.to(tile.v.dtype).view(b, g, -1, keys)
-        out = (low @ tile.v).view(b, h, rows, -1)
-        return out.to(r.dtype), lse
+        t = program.tile(slice(0, program.rows), program.spans(0, program.rows))
+        b, h, rows, _ = t.q.shape
+        g, keys = t.k.shape[1:3]
+        exist = program.exist(t)
+        masked = exist is not None and not bool(exist.all())
+        if not masked and not m.logits and not r.lse and keys and t.q.shape[-1] == t.v.shape[-1]:
+            low = t.q.reshape(b, g, h // g * rows, -1)
+            return scaled_dot_product_attention(low, t.k, t.v, scale=1.0).reshape(b, h, rows, -1), None
+        low = t.q.reshape(b * g, h // g * rows, -1)
+        s = logits(low, t.k.reshape(b * g, keys, -1), None).view(b, h, rows, keys)
+        for part in m.logits:
+            s = part.tile(s, t)
+        if masked and exist is not None:
+            s = s.masked_fill(~exist, -torch.inf)
+        if not keys:
+            return t.v.new_zeros(b, h, rows, t.v.shape[-1]), s.new_full((b, h, rows), -torch.inf)
+        w, lse = tile_softmax(s, masked, r.lse)
+        out = torch.bmm(w.to(t.v.dtype).view(b * g, -1, keys), t.v.reshape(b * g, keys, -1))
+        return out.view(b, h, rows, -1), lse

@@ -76,24 +76,28 @@ def chunked(
 ) -> tuple[Tensor, Tensor | None, Carry]:
     """Causal: `(out (b, h, L, e), lse or None, the state after the last token)`; as many queries as keys."""
     c = without_padding(c)
-    q, k, v = (_wide(x) for x in (c.q, c.k, c.v))
-    b, g, e = q.shape[0], k.shape[1], v.shape[-1]
-    phi_q, scale_q = m.feature.map(q, "q", None, c.buffers)
-    phi_k, scale_k = m.feature.map(k, "k", c.valid, c.buffers)
-    if c.valid is not None:
-        phi_k = phi_k.masked_fill(~c.valid[:, None, :, None], 0)
-        scale_k = None if scale_k is None else scale_k.masked_fill(~c.valid[:, None], -torch.inf)
-    rate = None if m.decay is None else m.decay.log(g, q.device, v.dtype)
-    carry = carry or Carry.empty(b, g, phi_k.shape[-1], e, v)
+    b, g, e = c.q.shape[0], c.k.shape[1], c.v.shape[-1]
+    wide = torch.promote_types(c.v.dtype, torch.float32)
+    rate = None if m.decay is None else m.decay.log(g, c.q.device, wide)
+    empty = torch.empty(0, dtype=wide, device=c.v.device)
+    carry = carry or Carry.empty(b, g, m.feature.size(c.q.shape[-1]), e, empty)
     outs, lses = [], []
-    chunks = zip(*(x.split(chunk, dim=2) for x in (phi_q, phi_k, v)), strict=True)
-    for n, (fq, fk, vc) in enumerate(chunks):
-        scale = None if scale_k is None else scale_k[:, :, n * chunk : (n + 1) * chunk]
-        out, lse, carry = advance(m.ratio, fq, fk, vc, scale, rate, carry)
-        outs.append(out)
-        lses.append(lse)
-    lse = None if lses[0] is None else torch.cat([x for x in lses if x is not None], 2)
-    return torch.cat(outs, 2), lse if lse is None or scale_q is None else lse + scale_q, carry
+    chunks = zip(*(x.split(chunk, dim=2) for x in (c.q, c.k, c.v)), strict=True)
+    for n, (q, k, v) in enumerate(chunks):
+        valid = None if c.valid is None else c.valid[:, n * chunk : (n + 1) * chunk]
+        fq, scale_q = m.feature.map(_wide(q), "q", None, c.buffers)
+        fk, scale_k = m.feature.map(_wide(k), "k", valid, c.buffers)
+        if valid is not None:
+            fk = fk.masked_fill(~valid[:, None, :, None], 0)
+            scale_k = None if scale_k is None else scale_k.masked_fill(~valid[:, None], -torch.inf)
+        out, lse, carry = advance(m.ratio, fq, fk, _wide(v), scale_k, rate, carry)
+        outs.append(out.to(c.q.dtype))
+        lses.append(lse if lse is None or scale_q is None else lse + scale_q)
+    return (
+        torch.cat(outs, 2),
+        None if lses[0] is None else torch.cat([x for x in lses if x is not None], 2),
+        carry,
+    )
 
 
 def advance(
@@ -210,28 +214,32 @@ class RecurrentKernel(Kernel):
             )
             if isinstance(m.ratio, RowRatio):
                 flops += 2 * s.batch * s.heads * s.length * size
+            if r.grad:
+                flops = 3 * flops - s.batch * (s.heads * s.length + s.kv_heads * s.keys) * draws
             peak = 2 * (phi_q + phi_k) + 2 * o * wide
             return Cost(
-                flops * (3 if r.grad else 1),
+                flops,
                 q + k + v + o + 2 * (phi_q + phi_k),
                 peak * (2 if r.grad else 1),
                 20,
             )
         count, last = divmod(s.length, CHUNK)
+        ends = (min(s.length, CHUNK), last or min(s.length, CHUNK))
         squares = count * CHUNK**2 + last**2
         inner = s.batch * s.heads * 2 * (squares * (size + s.value_dim) + s.length * size * s.value_dim)
         if isinstance(m.ratio, RowRatio):
             inner += 2 * s.batch * s.heads * s.length * size
         flops = inner + s.batch * s.kv_heads * s.length * 2 * size * s.value_dim
-        flops = flops * (3 if r.grad else 1) + s.batch * (s.heads + s.kv_heads) * s.length * draws * (
-            2 if r.grad else 1
-        )
+        if (
+            r.grad
+        ):  # the empty state before the first chunk and the unread one after the last have no gradient
+            first = s.heads * ends[0] * (s.value_dim + isinstance(m.ratio, RowRatio))
+            flops = 3 * flops - 2 * s.batch * size * (first + 2 * s.kv_heads * ends[1] * s.value_dim)
+        flops += s.batch * (s.heads + s.kv_heads) * s.length * draws * (2 if r.grad else 1)
         squares = s.batch * s.heads * (squares if r.grad else CHUNK**2) * r.wide
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
         peak = 2 * squares + 2 * states + (2 * (phi_q + phi_k) if r.grad else phi_q + phi_k) + 2 * o * wide
-        return Cost(
-            flops * (3 if r.grad else 1), 3 * (q + k + v + o) * (3 if r.grad else 1), peak, 40 + 12 * count
-        )
+        return Cost(flops, 3 * (q + k + v + o) * (3 if r.grad else 1), peak, 40 + 12 * count)
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Recurrent)

@@ -88,7 +88,7 @@ class SdpaKernel(Kernel):
             area = s.batch * s.heads * kept
         flops = 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
         if r.grad:
-            flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
+            flops += 2 * area * ((3 if flash else 2) * s.head_dim + 2 * s.value_dim)
         q, k, v, o = r.tensor_bytes()
         mask = (
             s.length * s.keys * (s.batch if r.ragged else 1) * (1 + r.item)

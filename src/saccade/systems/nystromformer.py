@@ -132,7 +132,7 @@ class Nystrom(Mixer):
         peak = (2 * o + q + k + v) * r.wide // r.item + 2 * stacks * m * (s.length + s.keys) * r.wide
         factor = 3 if r.grad else 1
         return Cost(
-            (means + maps + inner + conv) * factor,
+            means * (2 if r.grad else 1) + (maps + inner + conv) * factor,
             (q + k + v + o) * factor + 2 * peak,
             peak * (2 if r.grad else 1),
             30 + 8 * self.iterations,

@@ -18,7 +18,7 @@ class Motifs:
 
     length: int = 256
     families: int = 4
-    symbols: int = 8
+    symbols: int = 12
     width: int = 6
     copies: int = 4
 
@@ -45,9 +45,7 @@ class Motifs:
     def orders(self) -> Tensor:
         """The families' motifs, (families, width)."""
         generator = torch.Generator().manual_seed(0)
-        return torch.stack(
-            [torch.randperm(self.width, generator=generator) for _ in range(self.families)]
-        )
+        return torch.stack([torch.randperm(self.width, generator=generator) for _ in range(self.families)])
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Strings (size, length) and the family that each holds, (size,), int64."""
