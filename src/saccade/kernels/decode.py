@@ -11,8 +11,8 @@ from saccade.kernels.band import logits, tile_softmax
 from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import cover
-from saccade.parts.pair import Context, Program
+from saccade.parts.mask import cover, whole
+from saccade.parts.pair import Context, Program, take
 
 ROWS = 16
 
@@ -64,14 +64,17 @@ class DecodeKernel(Kernel):
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
         program = Program.bind(m, c)
-        t = program.tile(slice(0, program.rows), program.spans(0, program.rows))
-        b, h, rows, _ = t.q.shape
-        g, keys = t.k.shape[1:3]
+        c, rows = program.context, program.rows
+        spans = program.spans(0, rows)
+        b, h, g = c.q.shape[0], c.q.shape[1], c.k.shape[1]
+        if len(spans) == 1 and self._plain(m, program, *spans[0], r):
+            k, v = take(program.k, spans), take(program.v, spans)
+            folded = program.q.reshape(b, g, h // g * rows, -1)
+            return scaled_dot_product_attention(folded, k, v, scale=1.0).reshape(b, h, rows, -1), None
+        t = program.tile(slice(0, rows), spans)
+        keys = t.k.shape[2]
         exist = program.exist(t)
         masked = exist is not None and not bool(exist.all())
-        if not masked and not m.logits and not r.lse and keys and t.q.shape[-1] == t.v.shape[-1]:
-            low = t.q.reshape(b, g, h // g * rows, -1)
-            return scaled_dot_product_attention(low, t.k, t.v, scale=1.0).reshape(b, h, rows, -1), None
         low = t.q.reshape(b * g, h // g * rows, -1)
         s = logits(low, t.k.reshape(b * g, keys, -1), None).view(b, h, rows, keys)
         for part in m.logits:
@@ -83,3 +86,15 @@ class DecodeKernel(Kernel):
         w, lse = tile_softmax(s, masked, r.lse)
         out = torch.bmm(w.to(t.v.dtype).view(b * g, -1, keys), t.v.reshape(b * g, keys, -1))
         return out.view(b, h, rows, -1), lse
+
+    def _plain(self, m: Pairwise, program: Program, lo: int, hi: int, r: Request) -> bool:
+        """True when every row reads every key of the span and there is work for each thread of PyTorch's own kernel."""
+        c = program.context
+        if m.logits or r.lse or c.offset is None or c.ends is not None or c.mask is not None:
+            return False
+        stacks = program.k.shape[0] * program.k.shape[1]
+        if program.q.shape[-1] != program.v.shape[-1] or (
+            r.device == "cpu" and stacks < torch.get_num_threads()
+        ):
+            return False
+        return whole(program.pairs, c.offset, c.offset + program.rows, c.start + lo, c.start + hi)

@@ -160,6 +160,21 @@ def cover(pairs: Pairs, i0: int, i1: int, keys: int) -> list[Span]:
     return pairs.spans(i0, i1, keys) if isinstance(pairs, Mask) else [(0, keys)]
 
 
+def whole(pairs: Pairs, i0: int, i1: int, lo: int, hi: int) -> bool:
+    """True when rows [i0, i1) surely read all keys [lo, hi), known in closed form; False also where it is not known."""
+    if isinstance(pairs, And):
+        return all(whole(p, i0, i1, lo, hi) for p in pairs.parts)
+    if isinstance(pairs, Or):
+        return any(whole(p, i0, i1, lo, hi) for p in pairs.parts)
+    if isinstance(pairs, Full):
+        return True
+    if isinstance(pairs, Causal):
+        return hi <= i0 + 1
+    if isinstance(pairs, Window):
+        return hi <= i0 + 1 and lo > i1 - 1 - pairs.width
+    return False
+
+
 def static_exist(pairs: Pairs, i: Tensor, j: Tensor) -> Tensor:
     """Existence of an expression that holds masks only."""
     if isinstance(pairs, And | Or):
