@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from saccade.cost import Cost, Request
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.base import Sizes
 from saccade.parts.pair import Context
 
 
@@ -21,6 +23,13 @@ def preparation_flops(m: Pairwise, r: Request) -> int:
     if m.summary is not None:
         flops += 2 * s.batch * s.kv_heads * rows * s.keys * (s.head_dim + s.value_dim)
     return flops * (3 if r.grad else 1)
+
+
+def weight_bytes(m: Mechanism, r: Request) -> int:
+    """Bytes of the mechanism's learned tensors, and so of their gradients."""
+    s = r.shape
+    declared = m.weights(Sizes(s.heads, s.kv_heads, s.head_dim, s.value_dim))
+    return r.item * sum(math.prod(w.shape) for w in declared.values())
 
 
 class Kernel(ABC):

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from saccade.cost import Cost, Request
 from saccade.kernels import band
 from saccade.kernels.band import Band, logits, tile_softmax
-from saccade.kernels.base import Kernel, preparation_flops
+from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import softmax_only, tile_area
 from saccade.kernels.fold import Fold
 from saccade.mechanism.values import Mechanism, Pairwise
@@ -27,7 +27,7 @@ from saccade.parts.pair import Context, Program
 from saccade.parts.select import Blocks, TopBlocks
 
 TILES = (64, 4096)
-TILE_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}
+TILE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -347,11 +347,17 @@ class BlockKernel(Kernel):
         if r.grad:
             flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
         q, k, v, o = r.tensor_bytes()
-        heads = 1 if r.device == "cpu" else stacks
-        slots = heads * s.length * choices * (s.value_dim + s.head_dim * r.grad) * r.wide
-        table = stacks * s.length * blocks * (4 + 2 + 2)
+        table = 2 * stacks * s.length * blocks * r.wide
         moved = stacks * chosen * (s.head_dim + 2 * s.value_dim) * r.wide
-        peak = q + o + slots + table + stacks * chosen * 32 + (q + 2 * (k + v) if r.grad else 0)
+        height = _tile_height(s.length * choices / max(1, blocks))
+        pairs = min(TILE_NUMBERS["cpu" if r.device == "cpu" else "cuda"], tiled * select.block)
+        each = (s.head_dim + s.value_dim) * (pairs // select.block + pairs // height)
+        tile = (5 * pairs + 2 * each if r.grad else 2 * pairs + each) * r.wide
+        slots = choices * s.length * (s.head_dim if r.grad else s.value_dim) * r.wide
+        index = stacks * (17 * tiled + 9 * s.length * choices)
+        wide = r.wide // r.item if r.device == "cpu" else 1
+        held = (q + k + v + o) * wide + (q + 2 * (k + v) if r.grad else 0) * wide
+        peak = max(table, held + slots + tile + index) + (weight_bytes(m, r) if r.grad else 0)
         return Cost(
             flops,
             q + k + v + o + moved * (3 if r.grad else 1) + table + stacks * positional * r.wide,

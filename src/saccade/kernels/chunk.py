@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from saccade.cost import Cost, Request
 from saccade.kernels.band import ALIGN, CACHE_NUMBERS, Band, attend
-from saccade.kernels.base import Kernel, preparation_flops
+from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.fold import Fold, fold_of
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.logits import StaticBias
-from saccade.parts.mask import Neighborhood, Pairs
+from saccade.parts.mask import Neighborhood, Pairs, static_exist
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, Program
 
@@ -47,7 +48,7 @@ def tile_sizes(m: Pairwise, r: Request) -> tuple[int, int]:
     if fold is not None and fold.blocks:
         return 128, 4096
     if pairs.horizon is not None or isinstance(pairs, Neighborhood):
-        return 64, 4096
+        return (64, 4096) if r.device == "cpu" else (512, 8192)
     numbers = CACHE_NUMBERS["cpu" if r.device == "cpu" else "cuda"]
     rows = 128 if r.device == "cpu" else 1024
     stacks = min(r.shape.batch * r.shape.heads, 8)
@@ -115,6 +116,25 @@ def tile_area(pairs: Pairs, rows: int, keys: int, query_tile: int, key_tile: int
     return area, largest, count
 
 
+@functools.lru_cache(maxsize=512)
+def bias_numbers(pairs: Pairs, logits: bool, rows: int, keys: int, query_tile: int, key_tile: int) -> int:
+    """Numbers in the biases that a band keeps, of one head: one a diagonal, where a tile needs one at all."""
+    if not pairs.shift_invariant:
+        return 0
+    offset, kept = keys - rows, dict[tuple[int, ...], int]()
+    band = Band(pairs, (), 1, offset, 0)
+    for r0 in range(0, rows, query_tile):
+        r1 = min(rows, r0 + query_tile)
+        for tile in band.tiles(r0, r1, keys, key_tile):
+            lo, hi = tile[0]
+            key = (r0 - lo, r1 - r0, hi - lo)
+            if len(tile) == 1 and key not in kept:
+                gap = torch.arange(r0 + offset - hi + 1, r1 + offset - lo)
+                full = bool(static_exist(pairs, gap + keys, torch.full_like(gap, keys)).all())
+                kept[key] = (r1 - r0) * (hi - lo) if logits or not full else 0
+    return sum(kept.values())
+
+
 def _cost(m: Pairwise, r: Request) -> Cost:
     s = r.shape
     query_tile, key_tile = tile_sizes(m, r)
@@ -133,12 +153,14 @@ def _cost(m: Pairwise, r: Request) -> Cost:
     scaled = q
     tile_bytes = stacks * largest * r.wide
     stat = numbers * r.wide
-    kept = scaled + copies + widened + o
+    sums = 3 * stacks * min(query_tile, rows) * s.value_dim * r.wide
+    biases = bias_numbers(pairs, bool(m.logits), rows, keys, query_tile, key_tile) * r.wide
+    kept = scaled + copies + widened + o + sums + biases * (s.heads if m.logits else 1)
     if not r.grad:
-        peak = kept + 2 * tile_bytes + (stat if r.lse else 0)
+        peak = kept + 5 * tile_bytes // 2 + (stat if r.lse else 0)
         return Cost(forward_flops, q + k + v + o + stacks * area * r.wide, peak, 6 * count)
     wide_grads = (k + v) * r.wide // r.item
-    peak = kept + 2 * stat + q + wide_grads + 3 * tile_bytes
+    peak = kept + 2 * stat + q + wide_grads + 7 * tile_bytes // 2 + weight_bytes(m, r)
     return Cost(
         forward_flops + back_flops, 3 * (q + k + v + o) + 3 * stacks * area * r.wide, peak, 20 * count
     )

@@ -17,10 +17,16 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel
 from saccade.mechanism.values import Mechanism, Recurrent
+from saccade.parts.feature import Identity
 from saccade.parts.memory import ChannelRatio, Ratio, RowRatio, divide, log_total
 from saccade.parts.pair import Context, without_padding
 
 CHUNK = 128
+
+
+def chunk_length(device: str) -> int:
+    """Tokens of a chunk: what a cache holds on a CPU, what fills a GPU."""
+    return CHUNK if device == "cpu" else 4 * CHUNK
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Carry:
         return cls(like.new_zeros(b, g, m, e), like.new_zeros(b, g, m), like.new_full((b, g), -torch.inf))
 
 
-def bidirectional(m: Recurrent, c: Context, chunk: int = CHUNK) -> tuple[Tensor, Tensor | None]:
+def bidirectional(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     """Every query reads the sum over all keys."""
     c = without_padding(c)
     q, k, v = (_wide(x) for x in (c.q, c.k, c.v))
@@ -71,9 +77,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def chunked(
-    m: Recurrent, c: Context, carry: Carry | None = None, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor | None, Carry]:
+def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tensor, Tensor | None, Carry]:
     """Causal: `(out (b, h, L, e), lse or None, the state after the last token)`; as many queries as keys."""
     c = without_padding(c)
     b, g, e = c.q.shape[0], c.k.shape[1], c.v.shape[-1]
@@ -82,6 +86,7 @@ def chunked(
     empty = torch.empty(0, dtype=wide, device=c.v.device)
     carry = carry or Carry.empty(b, g, m.feature.size(c.q.shape[-1]), e, empty)
     outs, lses = [], []
+    chunk = chunk_length(c.q.device.type)
     chunks = zip(*(x.split(chunk, dim=2) for x in (c.q, c.k, c.v)), strict=True)
     for n, (q, k, v) in enumerate(chunks):
         valid = None if c.valid is None else c.valid[:, n * chunk : (n + 1) * chunk]
@@ -207,6 +212,8 @@ class RecurrentKernel(Kernel):
         draws = 2 * s.head_dim * size if m.feature.buffer_names else 0
         wide = r.wide // r.item
         phi_q, phi_k = (s.batch * x * size * r.wide for x in (s.heads * s.length, s.kv_heads * s.keys))
+        drawn = bool(m.feature.buffer_names)
+        mapped = 0 if isinstance(m.feature, Identity) else phi_q + phi_k
         if not m.causal:
             flops = s.batch * (
                 s.heads * s.length * (draws + 2 * size * s.value_dim)
@@ -216,16 +223,15 @@ class RecurrentKernel(Kernel):
                 flops += 2 * s.batch * s.heads * s.length * size
             if r.grad:
                 flops = 3 * flops - s.batch * (s.heads * s.length + s.kv_heads * s.keys) * draws
-            peak = 2 * (phi_q + phi_k) + 2 * o * wide
-            return Cost(
-                flops,
-                q + k + v + o + 2 * (phi_q + phi_k),
-                peak * (2 if r.grad else 1),
-                20,
-            )
-        count, last = divmod(s.length, CHUNK)
-        ends = (min(s.length, CHUNK), last or min(s.length, CHUNK))
-        squares = count * CHUNK**2 + last**2
+            widened = 0 if wide == 1 else (q + k + v) * wide
+            peak = widened + mapped + (3 if isinstance(m.ratio, RowRatio) else 1) * o * wide
+            if r.grad:
+                peak += (q + k + v + o) * wide + (2 * mapped if drawn else 0)
+            return Cost(flops, q + k + v + o + 2 * (phi_q + phi_k), peak, 20)
+        span = chunk_length(r.device)
+        count, last = divmod(s.length, span)
+        ends = (min(s.length, span), last or min(s.length, span))
+        squares = count * span**2 + last**2
         inner = s.batch * s.heads * 2 * (squares * (size + s.value_dim) + s.length * size * s.value_dim)
         if isinstance(m.ratio, RowRatio):
             inner += 2 * s.batch * s.heads * s.length * size
@@ -236,9 +242,14 @@ class RecurrentKernel(Kernel):
             first = s.heads * ends[0] * (s.value_dim + isinstance(m.ratio, RowRatio))
             flops = 3 * flops - 2 * s.batch * size * (first + 2 * s.kv_heads * ends[1] * s.value_dim)
         flops += s.batch * (s.heads + s.kv_heads) * s.length * draws * (2 if r.grad else 1)
-        squares = s.batch * s.heads * (squares if r.grad else CHUNK**2) * r.wide
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
-        peak = 2 * squares + 2 * states + (2 * (phi_q + phi_k) if r.grad else phi_q + phi_k) + 2 * o * wide
+        chunk = s.batch * s.heads * ends[0] * (2 * span + 4 * size + 2 * s.value_dim) * r.wide
+        peak = states + max(2 * o, o + chunk)
+        if r.grad:
+            weighed = drawn or m.decay is not None
+            peak = states + 2 * o * wide + (q + k + v) * wide // 2 + mapped * (3 if drawn else 1)
+            peak += s.batch * s.heads * squares * r.wide * (2 if weighed else 1)
+            peak += phi_q + phi_k if weighed else 0
         return Cost(flops, 3 * (q + k + v + o) * (3 if r.grad else 1), peak, 40 + 12 * count)
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from saccade.cost import Cost, Request
-from saccade.kernels.base import Kernel, preparation_flops
+from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import Causal, Full
@@ -96,12 +96,14 @@ class SdpaKernel(Kernel):
             else 0
         )
         stat = s.batch * s.heads * s.length * 4
-        peak = q + o + mask + (stat if flash else 3 * area * r.wide)
+        prepared = q + (k + v if r.ragged else 0)
+        prepared = 0 if isinstance(m.score, Dot) and m.summary is None and not r.ragged else prepared
+        peak = prepared + o + mask + (stat if flash else 3 * area * r.wide)
         if r.device == "cpu" and flash:
             peak += _cpu_scratch(r)
         if r.grad:
-            peak += q + k + v + (o if r.device == "cpu" else 0)
-        expanded = (k + v) * (s.heads // s.kv_heads) if s.heads != s.kv_heads and r.device == "cpu" else 0
+            peak += q + k + v + weight_bytes(m, r) + (o if r.device == "cpu" and not prepared else 0)
+        expanded = (k + v) * (s.heads // s.kv_heads) if s.heads != s.kv_heads and not flash else 0
         return Cost(
             flops,
             (3 if r.grad else 1) * (q + k + v + o) + mask + 2 * expanded,

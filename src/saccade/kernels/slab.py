@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.cost import Cost, Request
-from saccade.kernels.base import Kernel, preparation_flops
+from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import tile_area
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.pair import Context, Program
@@ -23,10 +23,11 @@ NUMBERS = 1 << 25
 
 
 def slab_rows(m: Pairwise, r: Request) -> int:
-    """Rows of a slab: 128, or fewer where the score holds temporaries for every pair."""
+    """Rows of a slab: 128 (1,024 on a GPU), or fewer where the score holds temporaries for every pair."""
     s = r.shape
     each = s.batch * s.heads * max(1, s.keys) * m.score.temporaries(s.head_dim)
-    return SLAB if each == 0 else max(1, min(SLAB, NUMBERS // each))
+    rows = SLAB if r.device == "cpu" else 8 * SLAB
+    return rows if each == 0 else max(1, min(rows, NUMBERS // each))
 
 
 def evaluate(program: Program, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -140,17 +141,11 @@ class SlabKernel(Kernel):
         per_pair = m.score.pair_flops(s.head_dim) + 2 * s.value_dim
         flops = stacks * area * per_pair * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
-        held = (
-            2
-            + m.score.temporaries(s.head_dim)
-            + len(m.logits)
-            + len(m.reweight)
-            + (0 if m.pairs.leaves() == () else 1)
-        )
+        held = max(m.score.temporaries(s.head_dim) + 1, 3 + len(m.logits) + len(m.reweight))
         tile = stacks * largest * r.wide
-        peak = (
-            q + 2 * o + tile * held + (2 * q + k + v + 2 * tile + (k + v) * r.wide // r.item if r.grad else 0)
-        )
+        peak = q + max(2 * o, o + tile * held)
+        if r.grad:
+            peak += 2 * q + k + v + (k + v) * r.wide // r.item + 3 * tile + 2 * weight_bytes(m, r)
         return Cost(
             flops,
             (3 if r.grad else 1) * (q + k + v + o) + 3 * stacks * area * r.wide * (3 if r.grad else 1),

@@ -129,12 +129,16 @@ class Nystrom(Mixer):
         inner = 2 * stacks * (self.iterations * 4 * m**3 + m * m * (s.head_dim + s.value_dim))
         conv = 2 * stacks * s.keys * self.taps * s.value_dim
         q, k, v, o = r.tensor_bytes()
-        peak = (2 * o + q + k + v) * r.wide // r.item + 2 * stacks * m * (s.length + s.keys) * r.wide
+        maps_bytes = stacks * m * (s.length + s.keys) * r.wide
+        conv_bytes = 5 * v * s.heads // s.kv_heads if self.taps else 0
+        peak = (q + o + conv_bytes + (0 if r.item >= 4 else q + k + v)) * r.wide // r.item + 2 * maps_bytes
+        if r.grad:
+            peak += (q + o) * r.wide // r.item + maps_bytes
         factor = 3 if r.grad else 1
         return Cost(
             means * (2 if r.grad else 1) + (maps + inner + conv) * factor,
             (q + k + v + o) * factor + 2 * peak,
-            peak * (2 if r.grad else 1),
+            peak,
             30 + 8 * self.iterations,
         )
 
