@@ -101,6 +101,8 @@ def explain(
         for name, value in (("length", length), ("batch", batch), ("heads", heads), ("head-dim", head_dim)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"--device is cpu or cuda, got {device!r}")
         m = sc.mechanism(mechanism)
         shape = sc.Shape(batch, heads, length, head_dim, kv_heads=kv_heads or m.kv_heads(heads))
         print(sc.plan(m, shape, device=device, dtype=_dtype(dtype), grad=grad))

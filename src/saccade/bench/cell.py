@@ -10,6 +10,8 @@ import traceback
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer imports it; here it is imported once for all jobs
+import torch.fx.experimental.symbolic_shapes  # likewise, the first backward call
 
 from saccade.bench import speed, train
 from saccade.bench.worker import ending

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from saccade.bench.advice import Judge
 from saccade.bench.contenders import Contender
 from saccade.bench.presets import Preset
 from saccade.bench.store import Store
-from saccade.bench.worker import Worker
+from saccade.bench.worker import Pool, Worker
 from saccade.tasks import text as texts
 
 REPORT = "report.html"
 _LONG_RUN = "compare_long.json"
+_MOST_LANES = 8
+_PACE = 8e6  # tokens x depth x width that one core trains in a second, to guess how long is left
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Comparison:
     folder: Path
     fresh: bool
 
+    @property
+    def lanes(self) -> int:
+        """How many models are trained side by side; small ones gain little from more threads."""
+        return min(self.machine["cores"], _MOST_LANES)
+
     def cells(self) -> Iterator[Cell]:
         """Quality of all, then speed by length, then recall."""
         p = self.preset
@@ -95,43 +103,25 @@ class Comparison:
         ids: Mapping[str, Mapping[str, Any]],
         settings: dict[str, Any],
     ) -> Cell:
-        job = self._job(c, kind) | {"seed": seed, "settings": settings}
+        job = self._job(c, kind, 1) | {"seed": seed, "settings": settings}
         if kind == "quality":
             job["corpus"] = dict(self.corpus)
-        guess = settings["tokens"] * (1 if kind == "quality" else settings["steps"])
-        return Cell(
-            kind,
-            c,
-            ids,
-            (job,),
-            self._key(job),
-            f"{kind}, seed {seed}",
-            guess * settings["depth"] * settings["dim"] / 8e6,
-        )
+        tokens = settings["tokens"] * settings.get("steps", 1)
+        guess = 1 + tokens * settings["depth"] * settings["dim"] / _PACE
+        return Cell(kind, c, ids, (job,), self._key(job), f"{c.name}: {kind}, seed {seed}", guess)
 
     def _speed(self, c: Contender, what: str, length: int) -> Cell:
         settings = {k: v for k, v in asdict(self.preset.speed).items() if k != "lengths"}
-        job = self._job(c, "speed") | {"what": what, "length": length, "settings": settings}
+        job = self._job(c, "speed", self.machine["cores"])
+        job |= {"what": what, "length": length, "settings": settings}
         ids = {f"speed/{c.name}/{what}/{length}": {"what": what, "length": length}}
         jobs = tuple(job | {"measure": measure} for measure in ("time", "memory"))
-        return Cell(
-            "speed",
-            c,
-            ids,
-            jobs,
-            self._key(job),
-            f"{what} at {length:,}",
-            0.5 + settings["seconds"] * (1 + length / 4096),
-        )
+        guess = 0.3 + settings["seconds"] * (1 + length / 8192)
+        return Cell("speed", c, ids, jobs, self._key(job), f"{c.name}: {what} at {length:,}", guess)
 
-    def _job(self, c: Contender, kind: str) -> dict[str, Any]:
-        return {
-            "kind": kind,
-            "mechanism": c.name,
-            "text": str(c.measured),
-            "device": self.device,
-            "threads": self.machine["cores"],
-        }
+    def _job(self, c: Contender, kind: str, threads: int) -> dict[str, Any]:
+        job = {"kind": kind, "mechanism": c.name, "text": str(c.measured), "device": self.device}
+        return job | {"threads": threads}
 
     def _key(self, job: Mapping[str, Any]) -> str:
         """Stands for all that a cell depends on, so that a finished one is known again."""
@@ -229,7 +219,7 @@ def compare(comparison: Comparison, watch: Watch) -> dict[str, Any]:
         store.read()
     run = _Run(comparison, store, watch)
     for line in said:
-        run.tell("starting", said=line)
+        run.tell(said=line)
     try:
         run.work()
     except KeyboardInterrupt:
@@ -254,24 +244,28 @@ class _Run:
         self.started = time.monotonic()
 
     def work(self) -> None:
-        """Run every waiting cell."""
-        with Worker() as worker:
-            while self.waiting:
-                cell = self.waiting[0]
-                self.tell(f"{cell.contender.name}: {cell.label}")
-                start = time.monotonic()
-                self._keep(cell, _measure(cell, worker))
-                self.guessed += cell.guess
-                self.spent += time.monotonic() - start
-                self.waiting.pop(0)
-                self.save()
-        self.tell("done")
+        """Run every waiting cell: training side by side, measurements of speed alone."""
+        lanes = {"speed": 1, "quality": self.comparison.lanes, "recall": self.comparison.lanes}
+        with Pool(self.comparison.lanes) as pool:
+            for kind, group in groupby(list(self.waiting), key=lambda cell: cell.kind):
+                self.tell(lanes[kind])
+                for cell, (measured, seconds) in pool.run(group, _measure, lanes[kind]):
+                    self._keep(cell, measured)
+                    self.guessed += cell.guess / lanes[kind]
+                    self.spent += seconds / lanes[kind]
+                    self.waiting.remove(cell)
+                    self.save()
+                    self.tell(lanes[kind])
 
-    def tell(self, running: str, said: str = "") -> None:
-        """Report to whoever watches."""
-        left = sum(cell.guess for cell in self.waiting) * (self.spent / self.guessed if self.guessed else 1.0)
+    def tell(self, lanes: int = 0, said: str = "") -> None:
+        """Report to whoever watches; `lanes` cells are running."""
+        left = sum(
+            cell.guess / (1 if cell.kind == "speed" else self.comparison.lanes) for cell in self.waiting
+        )
+        pace = self.spent / self.guessed if self.guessed else 1.0
+        running = "; ".join(cell.label for cell in self.waiting[:lanes])
         done = len(self.cells) - len(self.waiting)
-        self.watch(Progress(done, len(self.cells), running, left, self.results, said))
+        self.watch(Progress(done, len(self.cells), running, left * pace, self.results, said))
 
     def save(self) -> None:
         """Summarise what is known and write it."""
@@ -298,19 +292,20 @@ class _Run:
             self.store.add(kept)
 
 
-def _measure(cell: Cell, worker: Worker) -> dict[str, Any]:
-    """The cells of all its jobs joined, or the first error."""
+def _measure(cell: Cell, worker: Worker) -> tuple[dict[str, Any], float]:
+    """The cells of all its jobs joined, or the first error; and the seconds that it took."""
+    start = time.monotonic()
     if cell.contender.trained is None and (cell.kind != "speed" or cell.jobs[0]["what"] == "decode"):
-        return {"error": cell.contender.reason}
+        return {"error": cell.contender.reason}, 0.0
     joined: dict[str, dict[str, Any]] = {}
     for job in cell.jobs:
         result = worker.run(job)
         if "error" in result:
-            return result
+            return result, time.monotonic() - start
         for cell_id, values in result["cells"].items():
             known = joined.setdefault(cell_id, {"seconds": 0.0})
-            joined[cell_id] = {**known, **values, "seconds": known["seconds"] + values["seconds"]}
-    return {"cells": joined}
+            joined[cell_id] = {**known, **values, "seconds": round(known["seconds"] + values["seconds"], 3)}
+    return {"cells": joined}, time.monotonic() - start
 
 
 def conclude(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _state_note(m: sc.Mechanism) -> str | None:
 
 @torch.no_grad()
 def pattern(m: sc.Mechanism) -> list[list[int]] | None:
-    """Which keys each query reads, for random inputs, in any head: 32 x 32 cells of 512 queries by 512 keys.
+    """Which keys each query reads, for random inputs: 32 of 512 queries by 32 stretches of 16 keys.
 
     Values that are unit vectors turn the output into the weights themselves.
     """
@@ -146,5 +146,5 @@ def pattern(m: sc.Mechanism) -> list[list[int]] | None:
     except (ValueError, TypeError):
         return None
     side = _TOKENS // _CELLS
-    read = (out[0].abs() > 1e-6).any(0).view(_CELLS, side, _CELLS, side).any(3).any(1)
+    read = (out[0, 0, side - 1 :: side].abs() > 1e-6).view(_CELLS, _CELLS, side).any(2)
     return read.int().tolist()

@@ -65,7 +65,7 @@ QUICK = Preset(
     "quick",
     (0,),
     Quality(tokens=131_072, length=256, batch=8, dim=64, depth=2, heads=2),
-    RecallRun((64, 320), 180, 4096, pairs=4, queries=56, keys=8, values=8, dim=64, depth=2, heads=1),
+    RecallRun((64, 320), 200, 2560, pairs=4, queries=56, keys=8, values=8, dim=64, depth=2, heads=1),
     Speed(lengths=(512, 2048, 8192), seconds=0.1),
 )
 DEFAULT = Preset(
@@ -79,6 +79,6 @@ LONG = Preset(
     "long",
     (0, 1, 2),
     Quality(tokens=20 * 393_216, length=512, batch=8, dim=128, depth=4, heads=4),
-    RecallRun((64, 320, 1024), 4000, 8192, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
+    RecallRun((64, 320, 1024), 1500, 8192, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
     Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=1.0),
 )

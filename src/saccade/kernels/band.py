@@ -81,7 +81,7 @@ class Band:
             exist = mask if exist is None else exist & mask
         bias: Tensor | None = None
         for part in self.logits:
-            term = part.bias(i, j, self.heads).to(dtype)
+            term = part.bias(i, j, self.heads, dtype)
             bias = term if bias is None else bias + term
         if exist is None or bool(exist.all()):
             return bias, False

@@ -149,18 +149,27 @@ def _cost(m: Pairwise, r: Request) -> Cost:
     q, k, v, o = r.tensor_bytes()
     numbers = stacks * rows
     widened = 0 if r.item >= 4 or r.device != "cpu" else 2 * (q + k + v + o)
-    copies = (q + k + v + o) if fold else 0
+    moved = fold is not None and not fold.blocks
+    copies = q + k + v if moved else 0
     scaled = q
-    tile_bytes = stacks * largest * r.wide
+    together = stacks
+    if not (m.logits or r.masked or r.ragged):
+        group = s.heads // s.kv_heads
+        cached = CACHE_NUMBERS["cpu" if r.device == "cpu" else "cuda"] // max(1, group * largest)
+        together = min(stacks, max(1, cached) * group)
+    tile_bytes = together * largest * r.wide
     stat = numbers * r.wide
-    sums = 3 * stacks * min(query_tile, rows) * s.value_dim * r.wide
+    sums = together * min(query_tile, rows) * s.value_dim * r.wide
+    one_each = count <= -(-rows // query_tile)
+    work = max(5 * tile_bytes // 2, tile_bytes + sums) if one_each else 5 * tile_bytes // 2 + 3 * sums
     biases = bias_numbers(pairs, bool(m.logits), rows, keys, query_tile, key_tile) * r.wide
-    kept = scaled + copies + widened + o + sums + biases * (s.heads if m.logits else 1)
+    kept = scaled + copies + widened + o + biases * (s.heads if m.logits else 1)
+    unfolded = o if moved else 0
     if not r.grad:
-        peak = kept + 5 * tile_bytes // 2 + (stat if r.lse else 0)
+        peak = kept + max(work, unfolded) + (stat if r.lse else 0)
         return Cost(forward_flops, q + k + v + o + stacks * area * r.wide, peak, 6 * count)
     wide_grads = (k + v) * r.wide // r.item
-    peak = kept + 2 * stat + q + wide_grads + 7 * tile_bytes // 2 + weight_bytes(m, r)
+    peak = kept + unfolded + 2 * stat + q + wide_grads + tile_bytes + work + weight_bytes(m, r)
     return Cost(
         forward_flops + back_flops, 3 * (q + k + v + o) + 3 * stacks * area * r.wide, peak, 20 * count
     )

@@ -10,6 +10,7 @@ from saccade.cost import Cost, Request
 from saccade.kernels.band import logits, tile_softmax
 from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.chunk import softmax_only
+from saccade.kernels.sdpa import FEW
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import cover, whole
 from saccade.parts.pair import Context, Program, take
@@ -90,7 +91,7 @@ class DecodeKernel(Kernel):
     def _plain(self, m: Pairwise, program: Program, lo: int, hi: int, r: Request) -> bool:
         """True when every row reads every key of the span and there is work for each thread of PyTorch's own kernel."""
         c = program.context
-        if m.logits or r.lse or c.offset is None or c.ends is not None or c.mask is not None:
+        if m.logits or r.lse or c.offset is None or c.ends is not None or c.mask is not None or hi - lo < FEW:
             return False
         stacks = program.k.shape[0] * program.k.shape[1]
         if program.q.shape[-1] != program.v.shape[-1] or (

@@ -236,17 +236,15 @@ class RecurrentKernel(Kernel):
         if isinstance(m.ratio, RowRatio):
             inner += 2 * s.batch * s.heads * s.length * size
         flops = inner + s.batch * s.kv_heads * s.length * 2 * size * s.value_dim
-        if (
-            r.grad
-        ):  # the empty state before the first chunk and the unread one after the last have no gradient
+        if r.grad:  # neither the empty state before the first chunk nor the last one, unread, has a gradient
             first = s.heads * ends[0] * (s.value_dim + isinstance(m.ratio, RowRatio))
             flops = 3 * flops - 2 * s.batch * size * (first + 2 * s.kv_heads * ends[1] * s.value_dim)
         flops += s.batch * (s.heads + s.kv_heads) * s.length * draws * (2 if r.grad else 1)
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
-        chunk = s.batch * s.heads * ends[0] * (2 * span + 4 * size + 2 * s.value_dim) * r.wide
-        peak = states + max(2 * o, o + chunk)
+        weighed = drawn or m.decay is not None
+        chunk = (4 if weighed else 2) * span + 4 * size + 2 * s.value_dim
+        peak = states + max(2 * o, o + s.batch * s.heads * ends[0] * chunk * r.wide)
         if r.grad:
-            weighed = drawn or m.decay is not None
             peak = states + 2 * o * wide + (q + k + v) * wide // 2 + mapped * (3 if drawn else 1)
             peak += s.batch * s.heads * squares * r.wide * (2 if weighed else 1)
             peak += phi_q + phi_k if weighed else 0

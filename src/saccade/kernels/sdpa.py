@@ -25,17 +25,21 @@ BACKENDS = {
 }
 
 
+FEW = 16
+
+
 def backend(r: Request) -> str:
     """The backend that this request is run on: the fastest that accepts its shape class.
 
-    On a CPU, flash takes every float dtype, and a dense mask. On CUDA, cuDNN and flash take 16-bit inputs with equal
+    On a CPU, flash takes every float dtype, and a dense mask; over fewer keys than a vector holds it answers zeros for
+    a row of NaN, so math runs those. On CUDA, cuDNN and flash take 16-bit inputs with equal
     key and value sizes of at most 256 (cuDNN 128) and no dense mask; efficient takes float32 and masks.
     """
     s = r.shape
     same = s.head_dim == s.value_dim
     masked = r.masked or r.ragged or (r.shifted and s.length > 1)
     if r.device == "cpu":
-        return "flash" if same and s.keys and s.length else "math"
+        return "flash" if same and s.keys >= FEW and s.length else "math"
     if r.dtype in (torch.float16, torch.bfloat16) and same and not masked and s.head_dim % 8 == 0:
         if s.head_dim <= 128 and s.length > 1:
             return "cudnn"
@@ -102,7 +106,7 @@ class SdpaKernel(Kernel):
         if r.device == "cpu" and flash:
             peak += _cpu_scratch(r)
         if r.grad:
-            peak += q + k + v + weight_bytes(m, r) + (o if r.device == "cpu" and not prepared else 0)
+            peak += q + k + v + weight_bytes(m, r) + (o if r.device == "cpu" and m.summary is None else 0)
         expanded = (k + v) * (s.heads // s.kv_heads) if s.heads != s.kv_heads and not flash else 0
         return Cost(
             flops,
@@ -122,7 +126,9 @@ class SdpaKernel(Kernel):
         plain = c.mask is None and c.ends is None
         causal = m.causal and rows > 1 and rows == keys and c.offset == 0 and plain
         mask = None if causal else self._mask(m, c, rows, keys)
-        with sdpa_kernel([BACKENDS[backend(r)]]) if r.device != "cpu" else contextlib.nullcontext():
+        few = r.device == "cpu" and keys < FEW
+        named = BACKENDS["math" if few else backend(r)]
+        with sdpa_kernel([named]) if few or r.device != "cpu" else contextlib.nullcontext():
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )

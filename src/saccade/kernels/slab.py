@@ -141,11 +141,12 @@ class SlabKernel(Kernel):
         per_pair = m.score.pair_flops(s.head_dim) + 2 * s.value_dim
         flops = stacks * area * per_pair * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
-        held = max(m.score.temporaries(s.head_dim) + 1, 3 + len(m.logits) + len(m.reweight))
+        temporaries, steps = m.score.temporaries(s.head_dim), len(m.logits) + len(m.reweight)
         tile = stacks * largest * r.wide
-        peak = q + max(2 * o, o + tile * held)
+        peak = q + max(2 * o, o + tile * max(temporaries + 1, 3 + steps))
         if r.grad:
-            peak += 2 * q + k + v + (k + v) * r.wide // r.item + 3 * tile + 2 * weight_bytes(m, r)
+            peak = q + o + tile * max(3 * temporaries // 2, 6 + steps)
+            peak += 2 * q + k + v + (k + v) * r.wide // r.item + 2 * weight_bytes(m, r)
         return Cost(
             flops,
             (3 if r.grad else 1) * (q + k + v + o) + 3 * stacks * area * r.wide * (3 if r.grad else 1),

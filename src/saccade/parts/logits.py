@@ -30,12 +30,12 @@ class StaticBias(Logits):
 
     static_bias = True
 
-    def bias(self, i: Tensor, j: Tensor, heads: int) -> Tensor:
+    def bias(self, i: Tensor, j: Tensor, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The term, (heads, Q, K), for query positions i (Q, 1) and key positions j (1, K)."""
         raise NotImplementedError
 
     def tile(self, s: Tensor, t: Tile) -> Tensor:
-        return s + self.bias(t.i, t.j, s.shape[1]).to(s.dtype)
+        return s + self.bias(t.i, t.j, s.shape[1], s.dtype)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -52,6 +52,6 @@ class Alibi(StaticBias):
     name = "alibi"
     needs = frozenset({"exp"})
 
-    def bias(self, i: Tensor, j: Tensor, heads: int) -> Tensor:
-        slopes = torch.tensor(alibi_slopes(heads), device=i.device, dtype=torch.float32).view(heads, 1, 1)
+    def bias(self, i: Tensor, j: Tensor, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        slopes = torch.tensor(alibi_slopes(heads), device=i.device, dtype=dtype).view(heads, 1, 1)
         return -slopes * (i - j).abs()

@@ -45,9 +45,11 @@ class Ratio(Part):
 
 
 def divide(x: Tensor, total: Tensor) -> Tensor:
-    """x / total, and zeros where nothing was summed."""
-    empty = total == 0
-    return (x / total.masked_fill(empty, 1)).masked_fill(empty, 0)
+    """x / total, and zeros where nothing was summed.
+
+    Sums below 1e-30 (float32) divide by that instead: random features that hardly meet would overflow the gradient.
+    """
+    return x / total.clamp_min(torch.finfo(total.dtype).tiny ** 0.8)
 
 
 def log_total(total: Tensor) -> Tensor:

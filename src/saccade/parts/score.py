@@ -107,7 +107,8 @@ class Additive(Score):
 
     def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
         b, h, rows, a = q.shape
-        grouped = q.reshape(b, k.shape[1], -1, 1, a) + k[:, :, None]
+        g = k.shape[1]
+        grouped = q.reshape(b, g, h // g * rows, 1, a) + k[:, :, None]
         hidden = torch.tanh(grouped).view(b, h, rows, k.shape[2], a)
         return torch.einsum("bhqka,ha->bhqk", hidden, params["additive_v"].to(hidden.dtype))
 

@@ -62,6 +62,8 @@ def mass(m: Mechanism, c: Context) -> Tensor:
 
 def slab(m: Mechanism, c: Context, r0: int, r1: int) -> Tensor:
     """Weights of rows [r0, r1), (B, H, r1 - r0, S)."""
+    if not c.q.shape[0] or not c.k.shape[2]:
+        return c.q.new_zeros(*c.q.shape[:2], r1 - r0, c.k.shape[2])
     if isinstance(m, ByHead):
         return torch.cat(
             [slab(child, share, r0, r1) for child, share in zip(m.children, by_head(m, c), strict=True)],
@@ -74,6 +76,7 @@ def slab(m: Mechanism, c: Context, r0: int, r1: int) -> Tensor:
     if isinstance(m, Join):
         lses = [evaluate(child, c)[1] for child in m.children]
         total = torch.logsumexp(torch.stack([x for x in lses if x is not None]), dim=0)
+        total = total.masked_fill(torch.isneginf(total), 0)
         shares = [torch.exp(x - total)[:, :, r0:r1, None] for x in lses if x is not None]
         return torch.stack(
             [share * slab(child, c, r0, r1) for child, share in zip(m.children, shares, strict=True)]
@@ -85,7 +88,8 @@ def slab(m: Mechanism, c: Context, r0: int, r1: int) -> Tensor:
     wide = torch.promote_types(c.q.dtype, torch.float32)
     if isinstance(m, Recurrent):
         mapped = without_padding(mapped)
-        cut = replace(mapped, q=mapped.q[:, :, r0:r1].to(wide), k=mapped.k.to(wide))
+        mask = c.mask if c.mask is None or c.mask.shape[2] == 1 else c.mask[:, :, r0:r1]
+        cut = replace(mapped, q=mapped.q[:, :, r0:r1].to(wide), k=mapped.k.to(wide), mask=mask)
         if c.offset is None:
             raise NotSupported(
                 "weights of a recurrent mechanism for a ragged call with fewer queries than keys; ask sample by sample"

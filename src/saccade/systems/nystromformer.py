@@ -100,11 +100,15 @@ class Nystrom(Mixer):
             m = min(self.landmarks, q.shape[2], k.shape[2])
             for h in range(q.shape[1]):
                 qs, ks, vs = q[b, h, :rows] / math.sqrt(q.shape[-1]), k[b, h, :n], v[b, h, :n]
+                members = [[t for t in range(n) if t * m // n == at] for at in range(m)]
+                own = (
+                    members
+                    if rows == n
+                    else [[t for t in range(rows) if t * m // rows == at] for at in range(m)]
+                )
                 ql, kl = (
-                    torch.stack(
-                        [x[[t for t in range(len(x)) if t * m // len(x) == at]].mean(0) for at in range(m)]
-                    )
-                    for x in (qs, ks)
+                    torch.stack([x[of].sum(0) / max(1, len(of)) for of in some])
+                    for x, some in ((qs, own), (ks, members))
                 )
                 a = torch.softmax(ql @ kl.T, -1)
                 z = a.T / (a.sum(0).max() * a.sum(1).max())
@@ -114,7 +118,7 @@ class Nystrom(Mixer):
                 out[b, h, :rows] = torch.softmax(qs @ kl.T, -1) @ z @ torch.softmax(ql @ ks.T, -1) @ vs
                 for tap in range(self.taps):
                     shift = tap - (self.taps - 1) // 2
-                    lo, hi = max(0, -shift), min(n, n - shift)
+                    lo, hi = max(0, -shift), max(0, -shift, min(n, n - shift))
                     out[b, h, lo:hi] = (
                         out[b, h, lo:hi] + c.params["taps"][h, tap] * vs[lo + shift : hi + shift]
                     )
@@ -130,7 +134,7 @@ class Nystrom(Mixer):
         conv = 2 * stacks * s.keys * self.taps * s.value_dim
         q, k, v, o = r.tensor_bytes()
         maps_bytes = stacks * m * (s.length + s.keys) * r.wide
-        conv_bytes = 5 * v * s.heads // s.kv_heads if self.taps else 0
+        conv_bytes = (3 if r.grad else 5) * v * s.heads // s.kv_heads if self.taps else 0
         peak = (q + o + conv_bytes + (0 if r.item >= 4 else q + k + v)) * r.wide // r.item + 2 * maps_bytes
         if r.grad:
             peak += (q + o) * r.wide // r.item + maps_bytes
