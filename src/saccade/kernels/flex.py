@@ -49,8 +49,10 @@ class FlexKernel(Kernel):
             why.append("lse is not asked of it here")
         if r.masked or r.ragged:
             why.append("a block mask would be rebuilt on every call")
-        if r.dtype == torch.float64:
-            why.append("has no float64")
+        if r.dtype not in (torch.float16, torch.bfloat16):
+            why.append(
+                "for 16-bit inputs; in float32 it was seen to compile anew on every call, and it has no float64"
+            )
         if r.shifted or s.length < SHORTEST:
             why.append(f"for self-attention over at least {SHORTEST:,} tokens, where it repays its compiler")
         if not all(d in (16, 32, 64, 128) for d in (s.head_dim, s.value_dim)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
 import typing
@@ -112,7 +113,8 @@ class Part:
             PARTS[cls.name] = cls
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self), include_extras=False)
+        own: Any = type(self)
+        hints = _hints(own)
         for f in fields(self):
             check_argument(
                 f"{self.name or type(self).__name__}",
@@ -147,6 +149,11 @@ class Part:
 
     def __str__(self) -> str:
         return call_text(self.name, self)
+
+
+@functools.cache
+def _hints(part: Any) -> dict[str, Any]:
+    return typing.get_type_hints(part)
 
 
 def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -428,23 +429,18 @@ def _advance(
 
 def _check_state(m: Mechanism, c: Context, state: State) -> None:
     """Raise ValueError unless `state` is one of this mechanism, for the batch, heads, sizes and dtype of the call."""
-    s = c.sizes
-    fresh = init_state(
-        m,
-        c.q.shape[0],
-        s.kv_heads,
-        s.head_dim,
-        s.value_dim,
-        heads=s.heads,
-        dtype=c.q.dtype,
-        device="meta",
-    )
-    wanted, given = _state_text(fresh), _state_text(state)
+    wanted, given = _wanted_state(m, c.q.shape[0], c.sizes, c.q.dtype), _state_text(state)
     if wanted != given:
         raise ValueError(
             f"the state does not belong to this call of {m}: it should hold {wanted}, and holds {given}; "
             "start from init_state(...) or from a call with need=('out', 'state')"
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted_state(m: Mechanism, batch: int, s: Sizes, dtype: torch.dtype) -> str:
+    options: dict[str, Any] = {"heads": s.heads, "dtype": dtype, "device": "meta"}
+    return _state_text(init_state(m, batch, s.kv_heads, s.head_dim, s.value_dim, **options))
 
 
 def _state_text(state: State) -> str:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Waves:
-    """Series of `length` + 1 values: the sum of `sines` with random periods, phases and heights, and some noise.
+    """Series of `length` values: the sum of `sines` with random periods, phases and heights, and some noise.
 
-    The metric is the mean squared error of the next value.
+    The metric is the mean squared error of values to come.
     """
 
     length: int = 64
-    sines: int = 3
-    shortest: float = 6.0
+    sines: int = 2
+    shortest: float = 12.0
     longest: float = 40.0
     noise: float = 0.02
 
@@ -31,7 +31,7 @@ class Waves:
     @property
     def chance(self) -> float:
         """The error of always answering zero: the variance of a series."""
-        return 0.5 * self.sines * (0.25 + 0.5 + 1) / 3 + self.noise**2
+        return self.sines * (0.5**2 + 0.5 + 1) / 6 + self.noise**2
 
     @property
     def floor(self) -> float:
@@ -39,15 +39,16 @@ class Waves:
         return self.noise**2
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
-        """Series, (size, length + 1) float32."""
+        """Series, (size, length) float32."""
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(size, self.sines, 1, generator=generator)
 
         rate = 2 * math.pi / torch.exp(uniform(math.log(self.shortest), math.log(self.longest)))
-        waves = uniform(0.5, 1) * torch.sin(rate * torch.arange(self.length + 1) + uniform(0, 2 * math.pi))
-        return waves.sum(1) + self.noise * torch.randn(size, self.length + 1, generator=generator)
+        waves = uniform(0.5, 1) * torch.sin(rate * torch.arange(self.length) + uniform(0, 2 * math.pi))
+        return waves.sum(1) + self.noise * torch.randn(size, self.length, generator=generator)
 
-    def baseline(self, series: Tensor) -> float:
-        """The error of answering the line through the last two values."""
-        return float((2 * series[:, 1:-1] - series[:, :-2] - series[:, 2:]).square().mean())
+    def baseline(self, series: Tensor, ahead: int) -> float:
+        """The error of answering the last value, for the next `ahead` values."""
+        windows = series.unfold(1, ahead + 1, 1)
+        return float((windows[..., 1:] - windows[..., :1]).square().mean())
