@@ -1,0 +1,56 @@
+"""Runs the check of every working system, the long learning checks included; writes benchmarks/results/systems.json.
+
+python benchmarks/systems.py [pytest arguments]
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saccade as sc
+from saccade.bench.machine import describe
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "systems.json"
+
+
+class Recorder:
+    """Keeps the outcome and the seconds of every check, by system."""
+
+    def __init__(self) -> None:
+        self.refs: dict[str, list[str]] = {}
+        self.checks: list[dict[str, Any]] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            self.refs[item.nodeid] = [mark.args[0] for mark in item.iter_markers("system")]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome == "skipped":
+            row = {"check": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+            self.checks.append({"systems": self.refs.get(report.nodeid, []), **row})
+
+
+def main() -> int:
+    recorder = Recorder()
+    code = pytest.main([str(ROOT / "tests" / "systems"), "-m", "system", *sys.argv[1:]], plugins=[recorder])
+    document = {
+        "made_by": "python benchmarks/systems.py",
+        "date": datetime.date.today().isoformat(),
+        "saccade": sc.__version__,
+        "machine": describe("cpu"),
+        "checks": recorder.checks,
+    }
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {RESULTS}")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
