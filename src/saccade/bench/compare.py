@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import saccade as sc
-from saccade.bench import contenders, machine, report, summary
+from saccade.bench import contenders, machine, report, summary, train
 from saccade.bench.advice import Judge
 from saccade.bench.contenders import Contender
 from saccade.bench.presets import Preset
@@ -138,6 +138,7 @@ class Comparison:
             "seeds": list(p.seeds),
             **{k: v for k, v in asdict(p.quality).items() if k != "length"},
             "train_length": p.quality.length,
+            "short_convolution": train.NEARBY + 1,
             "text": self.corpus["name"],
             "text_sha256": self.corpus["sha256"],
             "recall_lengths": list(p.recall.lengths),

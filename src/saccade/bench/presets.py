@@ -64,21 +64,23 @@ class Preset:
 QUICK = Preset(
     "quick",
     (0,),
-    Quality(tokens=131_072, length=256, batch=8, dim=64, depth=2, heads=2),
-    RecallRun((64, 320), 200, 2560, pairs=4, queries=56, keys=8, values=8, dim=64, depth=2, heads=1),
+    Quality(tokens=262_144, length=256, batch=4, dim=64, depth=2, heads=2, learning_rate=4e-3),
+    RecallRun((64, 320), 140, 2560, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
     Speed(lengths=(512, 2048, 8192), seconds=0.1),
 )
 DEFAULT = Preset(
     "default",
     (0,),
-    Quality(tokens=393_216, length=512, batch=8, dim=128, depth=4, heads=4),
-    RecallRun((64, 320), 500, 4096, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
-    Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=1.0),
+    Quality(tokens=393_216, length=512, batch=4, dim=128, depth=4, heads=4, learning_rate=3e-3),
+    RecallRun((64, 320), 400, 4096, pairs=16, queries=32, keys=32, values=32, dim=64, depth=2, heads=1),
+    Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=0.5),
 )
 LONG = Preset(
     "long",
     (0, 1, 2),
-    Quality(tokens=20 * 393_216, length=512, batch=8, dim=128, depth=4, heads=4),
-    RecallRun((64, 320, 1024), 1500, 8192, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
-    Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=1.0),
+    Quality(tokens=20 * 393_216, length=512, batch=16, dim=128, depth=4, heads=4, learning_rate=1e-3),
+    RecallRun(
+        (64, 320, 1024), 1500, 8192, pairs=16, queries=32, keys=32, values=32, dim=64, depth=2, heads=1
+    ),
+    Speed(lengths=(512, 1024, 2048, 4096, 8192), seconds=0.5),
 )

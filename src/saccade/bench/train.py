@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import saccade as sc
+from saccade.nn.transformer import Embedding
 from saccade.tasks import text
 from saccade.tasks.recall import SILENT, Recall, accuracy
 
+NEARBY = 3
 _BITS = 1 / math.log(2)
 _CURVE_POINTS = 24
 _HELDOUT_TOKENS = 8192  # scored at once
@@ -137,8 +139,29 @@ def _model(job: dict[str, Any], vocab: int, length: int) -> nn.Module:
         mechanism=job["text"],
         max_length=length,
     )
-    nn.init.normal_(model.embedding.tokens.weight, std=s["dim"] ** -0.5)
+    model.embedding = NearbyEmbedding(vocab, s["dim"], length)
     return model.to(job["device"])
+
+
+class NearbyEmbedding(Embedding):
+    """Token and position vectors, plus those of the three tokens before, each channel weighted for itself.
+
+    A short convolution, as many small models have it: every mechanism gets the nearest context for free, so a short
+    run shows what attention adds to it. For whole sequences only.
+    """
+
+    def __init__(self, vocab: int, dim: int, max_length: int) -> None:
+        super().__init__(vocab, dim, max_length)
+        nn.init.normal_(self.tokens.weight, std=dim**-0.5)
+        self.before = nn.Parameter(torch.randn(NEARBY, dim) / 2)
+
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        x = super().forward(tokens, start)
+        length = x.shape[1]
+        padded = F.pad(x, (0, 0, NEARBY, 0))
+        for n, weight in enumerate(self.before, start=1):
+            x = x + weight * padded[:, NEARBY - n : NEARBY - n + length]
+        return x
 
 
 @torch.no_grad()

@@ -107,10 +107,12 @@ class SdpaKernel(Kernel):
             peak += _cpu_scratch(r)
         if r.grad:
             peak += q + k + v + weight_bytes(m, r) + (o if r.device == "cpu" and m.summary is None else 0)
-        expanded = (k + v) * (s.heads // s.kv_heads) if s.heads != s.kv_heads and not flash else 0
+        group = s.heads // s.kv_heads
+        expanded = (k + v) * group if group > 1 and not flash else 0
+        reads = group if r.device == "cpu" else 1
         return Cost(
             flops,
-            (3 if r.grad else 1) * (q + k + v + o) + mask + 2 * expanded,
+            (3 if r.grad else 1) * (q + reads * (k + v) + o) + mask + 2 * expanded,
             peak + expanded,
             3 if r.grad else 1,
         )
