@@ -67,8 +67,8 @@ class WrongScale(Score):
     name = "wrong_scale"
     factored = True
 
-    def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
-        return grouped_matmul(q, k.transpose(-1, -2)) / 2
+    def tile(self, t: Any) -> Tensor:
+        return grouped_matmul(t.q, t.k.transpose(-1, -2)) / 2
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Interleaved(Score):
 
     name = "interleaved"
 
-    def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
-        return q @ k.repeat(1, q.shape[1] // k.shape[1], 1, 1).transpose(-1, -2)
+    def tile(self, t: Any) -> Tensor:
+        return t.q @ t.k.repeat(1, t.q.shape[1] // t.k.shape[1], 1, 1).transpose(-1, -2)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class BareSoftmax(Normalizer):
 
     name = "bare_softmax"
 
-    def normalize(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
+    def normalize(self, s: Tensor, t: Any = None) -> tuple[Tensor, Tensor | None]:
         return torch.softmax(s, -1), torch.logsumexp(s, -1)
 
 
@@ -98,7 +98,7 @@ class MaxAsLse(Normalizer):
     name = "max_as_lse"
     gives = Softmax.gives
 
-    def normalize(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
+    def normalize(self, s: Tensor, t: Any = None) -> tuple[Tensor, Tensor | None]:
         return Softmax().normalize(s)[0], s.amax(-1)
 
 
@@ -108,7 +108,7 @@ class FromZero(TokenMap):
 
     name = "from_zero"
 
-    def map(self, x: Tensor, positions: Tensor) -> Tensor:
+    def map(self, x: Tensor, positions: Tensor, on: Any, c: Any) -> Tensor:
         return x * (1 + 0.01 * (positions - positions[:, :1]))[:, None, :, None]
 
 
@@ -118,7 +118,7 @@ class AcrossBatch(TokenMap):
 
     name = "across_batch"
 
-    def map(self, x: Tensor, positions: Tensor) -> Tensor:
+    def map(self, x: Tensor, positions: Tensor, on: Any, c: Any) -> Tensor:
         return x - x.mean(0, keepdim=True)
 
 
@@ -128,7 +128,7 @@ class Dice(TokenMap):
 
     name = "dice"
 
-    def map(self, x: Tensor, positions: Tensor) -> Tensor:
+    def map(self, x: Tensor, positions: Tensor, on: Any, c: Any) -> Tensor:
         return x + 1e-3 * torch.randn(
             x.shape, generator=torch.Generator().manual_seed(torch.seed() % 2**31)
         ).to(x.dtype)

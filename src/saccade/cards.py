@@ -9,7 +9,7 @@ from rich.table import Table
 
 from saccade.errors import MechanismError
 from saccade.mechanism import Mechanism, mechanism, names
-from saccade.systems.catalogue import Entry
+from saccade.systems.catalogue import Entry, public
 
 
 def table(entries: Sequence[Entry]) -> Table:
@@ -45,6 +45,8 @@ def card(entry: Entry) -> str:
     lines += [f"{name:<9}{value}" for name, value in rows if value]
     if made is not None:
         lines += ["", "formula", *(f"  {line}" for line in _formula(entry, made))]
+    elif entry.where.startswith("sc."):
+        lines += ["", *(inspect.getdoc(public(entry.where)) or "").splitlines()]
     if entry.state == "planned":
         lines += ["", "Planned: it cannot be called yet."]
     return "\n".join(lines)
@@ -54,7 +56,7 @@ def composition(entry: Entry) -> Mechanism | None:
     """The mechanism that an entry is called by, or None where it is planned or no mechanism."""
     if entry.state == "planned":
         return None
-    for text in (entry.where, entry.slug):
+    for text in (entry.where, entry.slug) if not entry.where.startswith("sc.") else ():
         try:
             return mechanism(text)
         except MechanismError:

@@ -15,7 +15,7 @@ from saccade.mechanism.text import mechanism as parse
 from saccade.mechanism.values import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.parts.memory import ChannelRatio, RowRatio, divide, log_total
 from saccade.parts.normalizer import merge
-from saccade.parts.pair import Context, Program, map_tokens, without_padding
+from saccade.parts.pair import Context, Program, map_tokens, take_heads, without_padding
 from saccade.parts.score import grouped_matmul
 from saccade.parts.select import Buckets, Select
 
@@ -71,10 +71,11 @@ def context(
 
 def evaluate(m: Mechanism, c: Context) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` of any family."""
-    if isinstance(m, Pairwise):
-        return pairwise(m, c)
-    if isinstance(m, Recurrent):
-        return recurrent(m, c)
+    if isinstance(m, Pairwise | Recurrent):
+        out, lse = pairwise(m, c) if isinstance(m, Pairwise) else recurrent(m, c)
+        for part in m.output:
+            out = part.map(out, c)
+        return out, lse
     if isinstance(m, Mixer):
         return m.define(c), None
     assert isinstance(m, Combine)
@@ -92,8 +93,18 @@ def pairwise(m: Pairwise, c: Context) -> tuple[Tensor, Tensor | None]:
             chosen = program.selections[leaf]
             if isinstance(chosen, Buckets):
                 return bucketed(program, chosen), None
-    w, lse = program.weights(program.tile(rows, spans))
-    return grouped_matmul(w, program.v), lse
+    t = program.tile(rows, spans)
+    if m.slots is None:
+        w, lse = program.weights(t)
+        return program.mix(w, t), lse
+    logits, values = m.slots.rows(program.context)
+    s = program.logits(t)
+    w, lse = m.normalizer.normalize(torch.cat((s, logits.to(s.dtype).expand(*s.shape[:3], -1)), -1), t)
+    w, own = w[..., : s.shape[-1]], w[..., s.shape[-1] :]
+    for part in m.reweight:
+        w = part.tile(w, t)
+    out = program.mix(w, t)
+    return out if values is None else out + (own.unsqueeze(-1) * values.to(own.dtype)).sum(-2), lse
 
 
 def bucketed(program: Program, chosen: Buckets) -> Tensor:
@@ -185,23 +196,6 @@ def by_head(m: ByHead, c: Context) -> list[Context]:
             f"by_head: {count} members need 1 key-value head or a multiple of {count}, got {groups}"
         )
 
-    def cut(x: Tensor, n: int, dim: int) -> Tensor:
-        size = x.shape[dim] // count
-        return x.narrow(dim, n * size, size) if x.shape[dim] % count == 0 and x.shape[dim] > 1 else x
-
-    shares = []
-    for n in range(count):
-        mask = c.mask if c.mask is None or c.mask.shape[1] == 1 else cut(c.mask, n, 1)
-        shares.append(
-            replace(
-                c,
-                q=c.q[:, n * width : (n + 1) * width],
-                k=cut(c.k, n, 1),
-                v=cut(c.v, n, 1),
-                mask=mask,
-                params={name: cut(x, n, 0) for name, x in c.params.items()},
-                streams={name: cut(x, n, 1) for name, x in c.streams.items()},
-                buffers={name: cut(x, n, 0) for name, x in c.buffers.items()},
-            )
-        )
-    return shares
+    return [
+        take_heads(c, child.weights, range(n * width, (n + 1) * width)) for n, child in enumerate(m.children)
+    ]

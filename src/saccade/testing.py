@@ -28,10 +28,10 @@ from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Program, map_tokens
-from saccade.parts.score import grouped_matmul
 from saccade.parts.select import Selection
 from saccade.parts.state import State
 from saccade.plan import Attended, attend, init_state, plan
+from saccade.plan.choose import finish
 
 BATCH, HEADS, LENGTH, HEAD_DIM, VALUE_DIM = 2, 4, 160, 16, 8
 
@@ -126,7 +126,7 @@ class Subject:
         sizes = Sizes(HEADS, self.groups if groups is None else groups, HEAD_DIM, VALUE_DIM)
         m = self.mechanism
         streams = {
-            n: torch.rand(BATCH, HEADS, length, generator=generator, dtype=torch.float64)
+            n: torch.rand(s.shape(BATCH, HEADS, length), generator=generator, dtype=torch.float64)
             * (length if s.positions else 1)
             for n, s in m.streams(sizes).items()
         }
@@ -189,10 +189,10 @@ def matches_definition(s: Subject) -> str:
     truth = reference.attend(qkv[0], qkv[1], qkv[2], s.mechanism, **named)
     if s.oracle is not None:
         close(truth, s.oracle(*qkv), "the reference against the given formula")
-    if isinstance(s.mechanism, Combine):
+    p = plan(s.mechanism, _shape(s), device=s.device, dtype=torch.float64)
+    if p.members:
         return f"plan {close(s.out(qkv, named), truth, 'plan')}"
     found = []
-    p = plan(s.mechanism, _shape(s), device=s.device, dtype=torch.float64)
     for candidate in p.candidates:
         if not candidate.reasons:
             name = candidate.kernel.name
@@ -521,14 +521,14 @@ def _twin(
     if isinstance(m, Pairwise) and not s.learned_query and not bucketed:
         program = Program.bind(m, map_tokens(m.tokens, c, c.k.shape[2]))
         t = program.tile(slice(0, program.rows), [(0, program.keys)])
-        rough = m.score.tile(t.q, t.k, t.params).float()
+        rough = m.score.tile(t).float()
         for part in m.logits:
             rough = part.tile(rough, t).to(dtype).float()
         exist = program.exist(t)
-        w, _ = m.normalizer.normalize(rough if exist is None else rough.masked_fill(~exist, -torch.inf))
+        w, lse = m.normalizer.normalize(rough if exist is None else rough.masked_fill(~exist, -torch.inf), t)
         for reweight in m.reweight:
             w = reweight.tile(w, t)
-        return grouped_matmul(w.to(dtype), t.v)
+        return finish(m, program.context, program.mix(w.to(dtype), t), lse)[0]
     if dtype == torch.float32:
         return reference.evaluate(m, c)[0]
     generator = torch.Generator().manual_seed(s.seed + 5)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import saccade as sc
+from parts import tools
 from saccade.parts.base import Sizes
 from saccade.parts.score import Additive, Bilinear, Dot, Score, grouped_matmul
 
@@ -21,7 +22,7 @@ def vectors(groups: int = G) -> tuple[Tensor, Tensor]:
 
 
 def logits(score: Score, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
-    return score.tile(*score.prepare(q, k, params), params)
+    return tools.logits(sc.Pairwise(score=score), q, k, params=params)
 
 
 def pairs(groups: int = G) -> itertools.product[tuple[int, ...]]:
@@ -90,9 +91,9 @@ def test_a_factored_score_is_the_dot_product_of_what_it_prepares(score: Score) -
     params = {
         n: torch.randn(w.shape, dtype=torch.float64) for n, w in score.weights(Sizes(H, H, D, D)).items()
     }
-    prepared = score.prepare(q, k, params)
-    dot = prepared[0] @ prepared[1].transpose(-1, -2) if prepared[0].shape == (B, H, L, D) else None
-    agrees = dot is not None and torch.allclose(dot, score.tile(*prepared, params))
+    program = tools.bound(sc.Pairwise(score=score), q, k, params=params)
+    dot = program.q @ program.k.transpose(-1, -2) if program.q.shape == (B, H, L, D) else None
+    agrees = dot is not None and torch.allclose(dot, score.tile(tools.tile(program)))
     assert agrees == score.factored
 
 
@@ -102,9 +103,10 @@ def test_a_tile_is_a_cut_of_the_whole(score: Score) -> None:
     params = {
         n: torch.randn(w.shape, dtype=torch.float64) for n, w in score.weights(Sizes(H, G, D, D)).items()
     }
-    q, k = score.prepare(q, k, params)
-    whole = score.tile(q, k, params)
-    torch.testing.assert_close(score.tile(q[:, :, 1:], k[:, :, 2:4], params), whole[:, :, 1:, 2:4])
+    program = tools.bound(sc.Pairwise(score=score), q, k, params=params)
+    whole = score.tile(tools.tile(program))
+    part = tools.tile(program, slice(1, L), (2, 4))
+    torch.testing.assert_close(score.tile(part), whole[:, :, 1:, 2:4])
 
 
 def test_declared_weights_have_the_shapes_that_are_used() -> None:

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 import saccade as sc
-from saccade.parts.tokens import Rope, Standardize
+from saccade.parts.pair import Context
+from saccade.parts.tokens import Rope, Standardize, TokenMap
+
+
+def mapped(part: TokenMap, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return part.map(x, positions, "q", Context(x, x, x))
 
 
 @pytest.mark.parametrize("base", [10000.0, 100.0])
 def test_rope_turns_each_channel_pair_by_its_angle(base: float) -> None:
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 1000]])
-    got = Rope(base).map(x, positions)
+    got = mapped(Rope(base), x, positions)
     for b in range(2):
         for h in range(3):
             for n in range(5):
@@ -32,7 +37,7 @@ def test_rope_makes_products_a_function_of_distance() -> None:
     part = Rope()
 
     def product(i: int, j: int) -> float:
-        return float((part.map(q, torch.tensor([[i]])) * part.map(k, torch.tensor([[j]]))).sum())
+        return float((mapped(part, q, torch.tensor([[i]])) * mapped(part, k, torch.tensor([[j]]))).sum())
 
     for distance in (0, 3, 50):
         found = [product(j + distance, j) for j in (0, 1, 17, 5000)]
@@ -43,7 +48,7 @@ def test_rope_makes_products_a_function_of_distance() -> None:
 
 def test_rope_keeps_lengths_and_the_first_token() -> None:
     x = torch.randn(1, 2, 6, 8, dtype=torch.float64)
-    got = Rope().map(x, torch.arange(6)[None])
+    got = mapped(Rope(), x, torch.arange(6)[None])
     torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(got[:, :, 0], x[:, :, 0])
 
@@ -51,9 +56,9 @@ def test_rope_keeps_lengths_and_the_first_token() -> None:
 def test_rope_angles_stay_exact_at_far_positions_in_low_precision() -> None:
     x = torch.randn(1, 1, 1, 64)
     far = torch.tensor([[1 << 20]])
-    want = Rope().map(x.double(), far)
+    want = mapped(Rope(), x.double(), far)
     for dtype in (torch.float32, torch.bfloat16):
-        got = Rope().map(x.to(dtype), far)
+        got = mapped(Rope(), x.to(dtype), far)
         assert got.dtype == dtype
         assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * x.abs().max()
 
@@ -65,7 +70,7 @@ def test_rope_needs_even_heads() -> None:
 
 def test_standardize() -> None:
     x = 3 * torch.randn(2, 2, 3, 5, dtype=torch.float64) + 1
-    got = Standardize(eps=1e-3).map(x, torch.arange(3)[None])
+    got = mapped(Standardize(eps=1e-3), x, torch.arange(3)[None])
     for index in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(3)).tolist():
         row = x[tuple(index)].tolist()
         mean = sum(row) / 5

@@ -62,7 +62,7 @@ class Inputs:
             return ready(torch.randn(s["batch"], heads, length, s["head_dim"], generator=generator))
 
         def stream(declared: Stream) -> Tensor:
-            numbers = torch.randn(s["batch"], s["heads"], job["length"], generator=generator)
+            numbers = torch.randn(declared.shape(s["batch"], s["heads"], job["length"]), generator=generator)
             return ready(numbers.sigmoid() * job["length"] if declared.positions else numbers)
 
         sizes = Sizes(s["heads"], kv_heads, s["head_dim"], s["head_dim"])

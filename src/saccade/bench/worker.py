@@ -20,8 +20,8 @@ Result = TypeVar("Result")
 class Worker:
     """Hands jobs to `python -m saccade.bench.cell` and reads their results; use it in a `with` statement.
 
-    On Linux one such process stays, imports PyTorch once, and forks for every job on the CPU. Elsewhere, and on a
-    GPU, it ends after each job and the next job starts another.
+    On Linux one such process stays, imports PyTorch once, and forks for every job. Elsewhere it ends after each job
+    and the next job starts another.
     """
 
     def __init__(self) -> None:

@@ -29,6 +29,8 @@ def softmax_only(m: Mechanism) -> list[str]:
         why.append(f"the normaliser is {m.normalizer.name}, not softmax")
     if m.reweight:
         why.append(f"weights are changed after the softmax by {m.reweight[0].name}")
+    if m.value:
+        why.append(f"{m.value[0].name} mixes a term that every pair brings")
     if m.heads is not None and m.heads.learned_query:
         why.append("a learned query has its own prefix scan")
     return why

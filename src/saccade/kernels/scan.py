@@ -51,7 +51,8 @@ class ScanKernel(Kernel):
         why = []
         if m.heads is None or not m.heads.learned_query:
             why.append("the query is not constant over rows")
-        if not m.score.factored or type(m.normalizer) is not Softmax or m.logits or m.reweight or m.summary:
+        rest = m.logits or m.reweight or m.value or m.summary
+        if not m.score.factored or type(m.normalizer) is not Softmax or rest:
             why.append("the scan knows softmax over a factored score")
         if r.masked:
             why.append("a mask of single pairs has no prefix form; use key_lengths for padding")

@@ -16,7 +16,6 @@ from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import tile_area
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.pair import Context, Program
-from saccade.parts.score import grouped_matmul
 
 SLAB = 128
 NUMBERS = 1 << 25
@@ -34,7 +33,7 @@ def evaluate(program: Program, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> 
     """`(out, lse)` of some rows from whole prepared q, k and v."""
     t = program.tile(rows, program.spans(rows.start, rows.stop), q, k, v)
     w, lse = program.weights(t)
-    return grouped_matmul(w, t.v.to(w.dtype)), lse
+    return program.mix(w, t), lse
 
 
 class Attend(torch.autograd.Function):
@@ -90,8 +89,8 @@ class Attend(torch.autograd.Function):
 
 
 def _inputs(program: Program) -> tuple[list[str], list[Tensor]]:
-    c = program.context
-    named = {f"param.{n}": x for n, x in c.params.items()} | {f"stream.{n}": x for n, x in c.streams.items()}
+    named = {f"param.{n}": x for n, x in program.context.params.items()}
+    named |= {f"stream.{n}": x for n, x in program.streams.items()}
     return ["q", "k", "v", *named], [program.q, program.k, program.v, *named.values()]
 
 
@@ -104,7 +103,8 @@ def _rebind(program: Program, names: list[str], tensors: list[Tensor] | tuple[Te
         q=found["q"],
         k=found["k"],
         v=found["v"],
-        context=replace(program.context, params=params, streams=streams),
+        streams=streams,
+        context=replace(program.context, params=params),
     )
 
 
@@ -141,7 +141,7 @@ class SlabKernel(Kernel):
         per_pair = m.score.pair_flops(s.head_dim) + 2 * s.value_dim
         flops = stacks * area * per_pair * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
-        temporaries, steps = m.score.temporaries(s.head_dim), len(m.logits) + len(m.reweight)
+        temporaries, steps = m.score.temporaries(s.head_dim), len(m.logits) + len(m.reweight) + len(m.value)
         tile = stacks * largest * r.wide
         peak = q + max(2 * o, o + tile * max(temporaries + 1, 3 + steps))
         if r.grad:

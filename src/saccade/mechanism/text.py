@@ -236,6 +236,7 @@ def _build(tree: Any) -> Any:
 KINDS = {
     "heads": "heads",
     "summary": "summary",
+    "slots": "slots",
     "score": "score",
     "normalizer": "normalizer",
     "tiles": "tiles",
@@ -245,10 +246,12 @@ KINDS = {
     "tokens": "tokens",
     "logits": "logits",
     "reweight": "reweight",
+    "value": "value",
+    "output": "output",
 }
-MANY = {"tokens", "logits", "reweight"}
+MANY = {"tokens", "logits", "reweight", "value", "output"}
 STATE_ONLY = {"feature", "decay", "ratio"}
-SHARED = {"heads", "tokens"}
+SHARED = {"heads", "tokens", "output"}
 
 
 def _sum(terms: list[Any]) -> Mechanism:

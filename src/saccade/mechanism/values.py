@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,11 +20,14 @@ from saccade.parts.logits import Logits
 from saccade.parts.mask import And, Causal, Full, Or, Pairs, is_static, static_exist
 from saccade.parts.memory import Decay, Ratio
 from saccade.parts.normalizer import Normalizer, Softmax
+from saccade.parts.output import Output
 from saccade.parts.reweight import Reweight
 from saccade.parts.score import Dot, Score
+from saccade.parts.slots import Slots
 from saccade.parts.summary import Summary
 from saccade.parts.tiles import Tiles
 from saccade.parts.tokens import TokenMap
+from saccade.parts.value import Value
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,12 @@ class Mechanism:
         """Key-value heads of a layer with `heads` query heads."""
         return heads
 
+    def on_grid(self, grid: Sequence[int]) -> Mechanism:
+        """The same for tokens that are the cells of a grid, row by row: parts that ask for a grid get this one."""
+        if not grid or any(not isinstance(n, int) or n < 1 for n in grid):
+            raise MechanismError(f"a grid has a whole number of at least 1 an axis, got {tuple(grid)}")
+        return _on_grid(self, tuple(grid))
+
     @cached_property
     def _hash(self) -> int:
         return hash((type(self), *(getattr(self, f.name) for f in dataclasses.fields(self) if f.compare)))
@@ -83,6 +93,27 @@ class Mechanism:
     def canonical(self) -> str:
         """The text of the parts themselves, whatever name the mechanism was asked by."""
         raise NotImplementedError
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_grid(m: Mechanism, grid: tuple[int, ...]) -> Mechanism:
+    placed: Mechanism = _placed(m, grid)
+    return placed
+
+
+def _placed(value: Any, grid: tuple[int, ...]) -> Any:
+    """A mechanism, a part or a tuple of them with every `grid` that was left open set."""
+    if isinstance(value, tuple):
+        return tuple(_placed(x, grid) for x in value)
+    if not isinstance(value, Mechanism | Part):
+        return value
+    changed = {}
+    for f in dataclasses.fields(value):
+        old = getattr(value, f.name)
+        new = grid if f.name == "grid" and old is None else _placed(old, grid)
+        if f.init and new is not old and new != old:
+            changed[f.name] = new
+    return dataclasses.replace(value, **changed) if changed else value  # type: ignore[arg-type]
 
 
 def _check_parts(m: Mechanism) -> None:
@@ -113,17 +144,20 @@ def _givers(need: str) -> str:
 class Pairwise(Mechanism):
     """Logits for pairs, then weights, then a mix of values.
 
-    Evaluated in this order: heads, tokens, pairs, summary, score, logits, normalizer, reweight.
+    Evaluated in this order: heads, tokens, pairs, summary, slots, score, logits, normalizer, reweight, value, output.
     """
 
     heads: Heads | None = None
     tokens: tuple[TokenMap, ...] = ()
     pairs: Pairs = Full()
     summary: Summary | None = None
+    slots: Slots | None = None
     score: Score = Dot()
     logits: tuple[Logits, ...] = ()
     normalizer: Normalizer = Softmax()
     reweight: tuple[Reweight, ...] = ()
+    value: tuple[Value, ...] = ()
+    output: tuple[Output, ...] = ()
     tiles: Tiles | None = None
 
     family = "pairwise"
@@ -196,6 +230,7 @@ class Recurrent(Mechanism):
     feature: Feature = Identity()
     decay: Decay | None = None
     ratio: Ratio | None = None
+    output: tuple[Output, ...] = ()
 
     family = "recurrent"
 
@@ -382,7 +417,8 @@ class Join(Combine):
     def __post_init__(self) -> None:
         super().__post_init__()
         for c in self.children:
-            if not isinstance(c, Pairwise) or not c.static or c.reweight or "exp" not in c.normalizer.gives:
+            plain = isinstance(c, Pairwise) and not (c.reweight or c.value or c.output or c.slots)
+            if not isinstance(c, Pairwise) or not plain or not c.static or "exp" not in c.normalizer.gives:
                 raise MechanismError(
                     f"join merges softmax over key sets fixed by position, which {c} does not have; use mix"
                 )

@@ -10,23 +10,27 @@ from torch import Tensor, nn
 from saccade.mechanism import Mechanism, Pairwise
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes, Stream
+from saccade.parts.pair import Context, map_tokens
 from saccade.parts.state import State
 from saccade.plan import Attended, Weights, attend, init_state
 
 
 class StreamNet(nn.Module):
-    """One number a token and head from the layer's input, as a stream declares it."""
+    """What every token and head carries, from the layer's input, as a stream declares it."""
 
     def __init__(self, dim: int, heads: int, stream: Stream) -> None:
         super().__init__()
-        self.positions = stream.positions
-        layers = [nn.Linear(dim, heads * stream.hidden), nn.Tanh(), nn.Linear(heads * stream.hidden, heads)]
-        self.net = nn.Sequential(*layers) if stream.hidden else nn.Linear(dim, heads)
+        self.heads, self.stream = heads, stream
+        numbers, hidden = heads * (stream.width or 1), heads * stream.hidden
+        self.net: nn.Module = nn.Linear(hidden or dim, numbers)
+        if hidden:
+            self.net = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), self.net)
 
     def forward(self, x: Tensor, keys: Tensor | int) -> Tensor:
-        """x (B, n, dim) and the number of keys, one or (B,), to (B, heads, n)."""
-        raw = self.net(x).transpose(1, 2)
-        if not self.positions:
+        """x (B, n, dim) and the number of keys, one or (B,), to (B, heads, n) or (B, heads, n, width)."""
+        raw = self.net(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        raw = raw if self.stream.width is not None else raw.squeeze(-1)
+        if not self.stream.positions:
             return raw
         return raw.sigmoid() * (keys[:, None, None] if isinstance(keys, Tensor) else keys)
 
@@ -105,6 +109,7 @@ class Attention(nn.Module):
         *,
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
+        grid: Sequence[int] | None = None,
         need: Sequence[str | Weights] = ("out",),
     ) -> Tensor | Attended:
         """The mixed features (B, L, dim); with more in `need`, a named tuple whose `out` holds them."""
@@ -118,6 +123,7 @@ class Attention(nn.Module):
             self.mechanism,
             mask=mask,
             key_lengths=key_lengths,
+            grid=grid,
             need=need,
             params=self._params(),
             streams={n: net(sources[self.stream_sides[n]], keys) for n, net in self.streams.items()},
@@ -173,11 +179,10 @@ class Attention(nn.Module):
         self, x: Tensor, key_lengths: Tensor | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Renew the buffers from an input (B, L, dim): move centroids, draw random features anew."""
-        q, k, _ = self.project(x)
+        q, k, v = self.project(x)
         if isinstance(self.mechanism, Pairwise):
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-            for part in self.mechanism.tokens:
-                q, k = part.map(q, positions), part.map(k, positions)
+            mapped = map_tokens(self.mechanism.tokens, Context(q, k, v, params=self._params()), x.shape[1])
+            q, k = mapped.q, mapped.k
         valid = (
             None if key_lengths is None else torch.arange(x.shape[1], device=x.device) < key_lengths[:, None]
         )

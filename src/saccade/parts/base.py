@@ -9,13 +9,17 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from saccade.errors import MechanismError
 
+if TYPE_CHECKING:
+    from saccade.parts.pair import Context
+
+Side = Literal["q", "k"]
 Causality = Literal["safe", "leak", "never"]
 
 PARTS: dict[str, type[Part]] = {}
@@ -67,15 +71,20 @@ class Weight:
 
 @dataclass(frozen=True)
 class Stream:
-    """A per-token, per-head number besides q, k and v: which tokens carry it, and how a layer makes it from its input.
+    """What tokens carry for every head besides q, k and v: on which side, and how a layer makes it from its input.
 
-    A layer projects its input to one number a head, through `hidden` tanh units a head when given; a stream of
-    `positions` is then squashed to 0..S, the number of keys.
+    One number, (B, H, n), or `width` numbers, (B, H, n, width). A layer projects its input, through `hidden` tanh units
+    a head when given; a stream of `positions` is then squashed to 0..S, the number of keys.
     """
 
-    side: Literal["q", "k"]
+    side: Side
+    width: int | None = None
     hidden: int = 0
     positions: bool = False
+
+    def shape(self, batch: int, heads: int, tokens: int) -> tuple[int, ...]:
+        """The shape of the stream for so many tokens of its side."""
+        return (batch, heads, tokens) if self.width is None else (batch, heads, tokens, self.width)
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,10 @@ class Part:
 
     def streams(self, sizes: Sizes) -> dict[str, Stream]:
         """Per-token inputs besides q, k and v, by name."""
+        return {}
+
+    def extras(self, c: Context) -> dict[str, tuple[Side, Tensor]]:
+        """What the part derives from each token once a call, for its tiles: name to side and (B, heads, n, ...)."""
         return {}
 
     def buffers(self, sizes: Sizes, generator: torch.Generator | None) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class Pairs(Part):
     joins: ClassVar[Literal["and", "or"]] = "or"
     looks_back: ClassVar[bool] = False
     shift_invariant: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     def __and__(self, other: Pairs) -> Pairs:
         if isinstance(self, Full) or isinstance(other, Full):
@@ -39,6 +40,10 @@ class Pairs(Part):
     def leaves(self) -> tuple[Pairs, ...]:
         """The atoms of the expression, in order."""
         return (self,)
+
+    def at(self, head: int, heads: int) -> Pairs:
+        """The same for one head of `heads`; it differs between heads where `by_head` says so."""
+        return self
 
     @property
     def horizon(self) -> int | None:
@@ -84,6 +89,16 @@ class And(Pairs):
         return any(p.looks_back for p in self.parts)
 
     @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        return any(p.by_head for p in self.parts)
+
+    def at(self, head: int, heads: int) -> Pairs:
+        first, *rest = (p.at(head, heads) for p in self.parts)
+        for p in rest:
+            first = first & p
+        return first
+
+    @property
     def horizon(self) -> int | None:
         return min((h for p in self.parts if (h := p.horizon) is not None), default=None)
 
@@ -110,6 +125,16 @@ class Or(Pairs):
     @property
     def looks_back(self) -> bool:  # type: ignore[override]
         return all(p.looks_back for p in self.parts)
+
+    @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        return any(p.by_head for p in self.parts)
+
+    def at(self, head: int, heads: int) -> Pairs:
+        first, *rest = (p.at(head, heads) for p in self.parts)
+        for p in rest:
+            first = first | p
+        return first
 
     @property
     def horizon(self) -> int | None:

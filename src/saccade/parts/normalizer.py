@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saccade.parts.base import Part
+
+if TYPE_CHECKING:
+    from saccade.parts.pair import Tile
 
 Partial = tuple[Tensor, Tensor]
 
@@ -18,8 +22,11 @@ class Normalizer(Part):
 
     kind = "normalizer"
 
-    def normalize(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights in the shape of s, with zeros for a row that has no key, and the log-denominator or None."""
+    def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weights in the shape of s, zeros where s is -inf, and the log-denominator or None.
+
+        s (b, h, Q, K) holds whole rows; `t` is their tile, for normalisers that learn.
+        """
         raise NotImplementedError
 
 
@@ -30,7 +37,7 @@ class Softmax(Normalizer):
     name = "softmax"
     gives = frozenset({"exp", "denominator", "positive"})
 
-    def normalize(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, Tensor]:
         empty = torch.isneginf(s.detach()).all(-1, keepdim=True)
         s = s.masked_fill(empty, 0.0)
         lse = torch.logsumexp(s, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf)

@@ -5,15 +5,16 @@ Legend: b batch, h query heads, g key-value heads, L queries, S keys, d key size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from saccade.mechanism.values import Pairwise
-from saccade.parts.base import Sizes
+from saccade.parts.base import Side, Sizes, Weight
 from saccade.parts.mask import And, Full, Mask, Or, Pairs, Span, cover
+from saccade.parts.score import grouped_matmul
 from saccade.parts.select import Select, Selection
 from saccade.parts.tokens import TokenMap
 
@@ -80,14 +81,59 @@ class Context:
         return torch.tensor([self.k.shape[2]], device=self.k.device) if self.ends is None else self.ends
 
 
+def take_heads(c: Context, weights: Callable[[Sizes], dict[str, Weight]], heads: Sequence[int]) -> Context:
+    """The context of some query heads, ascending, and of what belongs to them; `weights` declares the params.
+
+    Key-value heads stay shared where every one of them is read by as many of the heads; otherwise each head gets its own.
+    """
+    total, groups = c.q.shape[1], c.k.shape[1]
+    owners = [h * groups // total for h in heads]
+    shared = list(dict.fromkeys(owners))
+    even = len(heads) // len(shared)
+    if owners == [g for g in shared for _ in range(even)]:
+        owners = shared
+    own = replace(c.sizes, heads=len(heads), kv_heads=len(owners))
+    whole, cut = weights(c.sizes), weights(own)
+
+    def of(x: Tensor, dim: int) -> Tensor:
+        return pick(x, heads, dim) if x.shape[dim] == total else pick(x, owners, dim)
+
+    return replace(
+        c,
+        q=pick(c.q, heads, 1),
+        k=pick(c.k, owners, 1),
+        v=pick(c.v, owners, 1),
+        mask=c.mask if c.mask is None or c.mask.shape[1] == 1 else pick(c.mask, heads, 1),
+        params={
+            n: x if n in whole and whole[n].shape == cut[n].shape else of(x, 0) for n, x in c.params.items()
+        },
+        streams={n: pick(x, heads, 1) for n, x in c.streams.items()},
+        buffers={n: of(x, 0) if x.shape[0] in (total, groups) else x for n, x in c.buffers.items()},
+    )
+
+
+def pick(x: Tensor, index: Sequence[int], dim: int) -> Tensor:
+    """Entries of one dimension; a view when they stand side by side."""
+    first = index[0]
+    if list(index) == list(range(first, first + len(index))):
+        return x.narrow(dim, first, len(index))
+    return x.index_select(dim, torch.tensor(index, device=x.device))
+
+
 def map_tokens(tokens: Sequence[TokenMap], c: Context, new_keys: int) -> Context:
-    """Apply the token maps to q and to the last `new_keys` keys; earlier keys of a cache are mapped already."""
-    q, k = c.q, c.k
-    old, new = k[:, :, : k.shape[2] - new_keys], k[:, :, k.shape[2] - new_keys :]
-    positions = c.j[:, k.shape[2] - new_keys :]
+    """Apply the token maps to q and to the last `new_keys` keys and values; earlier ones of a cache are mapped already."""
+    if not tokens:
+        return c
+    first = c.k.shape[2] - new_keys
+    q, k, v = c.q, c.k[:, :, first:], c.v[:, :, first:]
+    positions = c.j[:, first:]
     for part in tokens:
-        q, new = part.map(q, c.i), part.map(new, positions)
-    return replace(c, q=q, k=torch.cat((old, new), dim=2) if old.shape[2] else new) if tokens else c
+        q = part.map(q, c.i, "q", c) if "q" in part.on else q
+        k = part.map(k, positions, "k", c) if "k" in part.on else k
+        v = part.map(v, positions, "v", c) if "v" in part.on else v
+    if first:
+        k, v = torch.cat((c.k[:, :, :first], k), dim=2), torch.cat((c.v[:, :, :first], v), dim=2)
+    return replace(c, q=q, k=k, v=v)
 
 
 def without_padding(c: Context) -> Context:
@@ -101,7 +147,11 @@ def without_padding(c: Context) -> Context:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows against keys, as `tile` methods see them: i (b or 1, 1, Q, 1), j (1, 1, 1, K)."""
+    """Rows against keys, as `tile` methods see them: i (b or 1, 1, Q, 1), j (1, 1, 1, K).
+
+    q and k are what the score prepared; `streams` holds declared streams and the parts' extras, those of the query
+    side cut to the rows, those of the key side to the keys.
+    """
 
     q: Tensor
     k: Tensor
@@ -124,23 +174,31 @@ class Program:
     k: Tensor
     v: Tensor
     selections: dict[Select, Selection]
-    pairs: Pairs
+    streams: dict[str, Tensor]
+    sides: dict[str, Side]
 
     @classmethod
     def bind(cls, m: Pairwise, c: Context) -> Program:
         """Do the token-level work of `m`; `c.q` and `c.k` have gone through the token maps."""
         c = replace(without_padding(c), looks_back=m.causal)
-        pairs = m.pairs
         selections: dict[Select, Selection] = {}
-        for leaf in pairs.leaves():
+        for leaf in m.pairs.leaves():
             if isinstance(leaf, Select):
                 selections[leaf] = c.selection if c.selection is not None else leaf.choose(c)
-        k, v = c.k, c.v
         if m.summary is not None:
-            k, v = m.summary.reduce(k, v, c.valid, c.params)
+            k, v = m.summary.reduce(c.k, c.v, c.valid, c.params)
             c = replace(c, k=k, v=v, ends=None, offset=c.offset or 0)
-        q, k = m.score.prepare(c.q, k, c.params)
-        return cls(m, c, q, k, v, selections, pairs)
+        q, k = m.score.prepare(c)
+        streams = dict(c.streams)
+        sides: dict[str, Side] = {name: x.side for name, x in m.streams(c.sizes).items()} if streams else {}
+        for part in m.parts():
+            for name, (side, x) in part.extras(c).items():
+                streams[name], sides[name] = x, side
+        return cls(m, c, q, k, c.v, selections, streams, sides)
+
+    @property
+    def pairs(self) -> Pairs:
+        return self.mechanism.pairs
 
     @property
     def rows(self) -> int:
@@ -176,7 +234,9 @@ class Program:
         c = self.context
         cols = self.columns(spans)
         q, k, v = (new if new is not None else old for new, old in ((q, self.q), (k, self.k), (v, self.v)))
-        streams = {n: x[:, :, rows] for n, x in c.streams.items()}
+        streams = {
+            n: x[:, :, rows] if self.sides[n] == "q" else take(x, spans) for n, x in self.streams.items()
+        }
         return Tile(
             q[:, :, rows],
             take(k, spans),
@@ -216,14 +276,18 @@ class Program:
                 out = term if out is None else (out & term if isinstance(pairs, And) else out | term)
             return out
         if isinstance(pairs, Mask):
-            return pairs.exist(t.i, t.j)
+            if not pairs.by_head:
+                return pairs.exist(t.i, t.j)
+            heads = self.q.shape[1]
+            each = [pairs.at(h, heads).exist(t.i[:, 0], t.j[:, 0]) for h in range(heads)]  # type: ignore[attr-defined]
+            return torch.stack(each, 1)
         assert isinstance(pairs, Select)
         return self.selections[pairs].exist(t.rows, t.j, t.cols)  # type: ignore[union-attr]
 
     def logits(self, t: Tile) -> Tensor:
         """Logits (b, h, Q, K), float32 or wider, -inf where no pair exists."""
         wide = torch.promote_types(t.q.dtype, torch.float32)
-        s = self.mechanism.score.tile(t.q.to(wide), t.k.to(wide), t.params)
+        s = self.mechanism.score.tile(replace(t, q=t.q.to(wide), k=t.k.to(wide)))
         for part in self.mechanism.logits:
             s = part.tile(s, t)
         exist = self.exist(t)
@@ -236,10 +300,17 @@ class Program:
             return t.q.new_zeros((*shape, 0)), torch.full(
                 shape, -torch.inf, device=t.q.device, dtype=torch.promote_types(t.q.dtype, torch.float32)
             )
-        w, lse = self.mechanism.normalizer.normalize(self.logits(t))
+        w, lse = self.mechanism.normalizer.normalize(self.logits(t), t)
         for part in self.mechanism.reweight:
             w = part.tile(w, t)
         return w, lse
+
+    def mix(self, w: Tensor, t: Tile) -> Tensor:
+        """The weighted values of a tile, and what its pairs bring besides."""
+        out = grouped_matmul(w, t.v.to(w.dtype))
+        for part in self.mechanism.value:
+            out = out + part.tile(w, t)
+        return out
 
 
 def take(x: Tensor, spans: list[Span]) -> Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from saccade.parts.base import Part, Sizes, Weight, arg
+
+if TYPE_CHECKING:
+    from saccade.parts.pair import Context, Tile
 
 
 def grouped_matmul(x_bhQm: Tensor, y_bgmK: Tensor) -> Tensor:
@@ -32,13 +35,13 @@ class Score(Part):
     kind = "score"
     factored: ClassVar[bool] = False
 
-    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Token-level work: q (b, h, L, d) and k (b, g, S, d) to what `tile` compares."""
-        return q, k
+    def prepare(self, c: Context) -> tuple[Tensor, Tensor]:
+        """Token-level work: the queries (b, h, L, d) and keys (b, g, S, d) of `c` to what `tile` compares."""
+        return c.q, c.k
 
-    def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
+    def tile(self, t: Tile) -> Tensor:
         """Logits (b, h, Q, K) of prepared rows and keys."""
-        return grouped_matmul(q, k.transpose(-1, -2))
+        return grouped_matmul(t.q, t.k.transpose(-1, -2))
 
     def pair_flops(self, head_dim: int) -> int:
         """Matrix FLOPs of one pair."""
@@ -63,8 +66,8 @@ class Dot(Score):
     factored = True
     gives = frozenset({"bilinear"})
 
-    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return q * (self.scale or 1 / math.sqrt(q.shape[-1])), k
+    def prepare(self, c: Context) -> tuple[Tensor, Tensor]:
+        return c.q * (self.scale or 1 / math.sqrt(c.q.shape[-1])), c.k
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Bilinear(Score):
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
         return {"bilinear": Weight((sizes.heads, sizes.head_dim, sizes.head_dim), init="eye")}
 
-    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return q @ params["bilinear"].to(q.dtype), k
+    def prepare(self, c: Context) -> tuple[Tensor, Tensor]:
+        return c.q @ c.params["bilinear"].to(c.q.dtype), c.k
 
     def token_flops(self, head_dim: int) -> tuple[int, int]:
         return 2 * head_dim * head_dim, 0
@@ -102,15 +105,15 @@ class Additive(Score):
             "additive_v": Weight((sizes.heads, self.hidden), std=1 / math.sqrt(self.hidden)),
         }
 
-    def prepare(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return q @ params["additive_q"].to(q.dtype), k @ params["additive_k"].to(k.dtype)
+    def prepare(self, c: Context) -> tuple[Tensor, Tensor]:
+        return c.q @ c.params["additive_q"].to(c.q.dtype), c.k @ c.params["additive_k"].to(c.k.dtype)
 
-    def tile(self, q: Tensor, k: Tensor, params: dict[str, Tensor]) -> Tensor:
-        b, h, rows, a = q.shape
-        g = k.shape[1]
-        grouped = q.reshape(b, g, h // g * rows, 1, a) + k[:, :, None]
-        hidden = torch.tanh(grouped).view(b, h, rows, k.shape[2], a)
-        return torch.einsum("bhqka,ha->bhqk", hidden, params["additive_v"].to(hidden.dtype))
+    def tile(self, t: Tile) -> Tensor:
+        b, h, rows, a = t.q.shape
+        g = t.k.shape[1]
+        grouped = t.q.reshape(b, g, h // g * rows, 1, a) + t.k[:, :, None]
+        hidden = torch.tanh(grouped).view(b, h, rows, t.k.shape[2], a)
+        return torch.einsum("bhqka,ha->bhqk", hidden, t.params["additive_v"].to(hidden.dtype))
 
     def pair_flops(self, head_dim: int) -> int:
         return 2 * self.hidden

@@ -1,8 +1,9 @@
-"""Maps on single tokens of q and k, before any pair is formed."""
+"""Maps on single tokens of q, k or v, before any pair is formed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,14 +11,23 @@ from torch import Tensor
 from saccade.errors import NotSupported
 from saccade.parts.base import Part, arg
 
+if TYPE_CHECKING:
+    from saccade.parts.pair import Context
+
+On = Literal["q", "k", "v"]
+
 
 class TokenMap(Part):
-    """A map on the head vectors of q and k that looks at one token and its position."""
+    """A map on the head vectors named in `on` that looks at one token and its position."""
 
     kind = "tokens"
+    on: ClassVar[tuple[On, ...]] = ("q", "k")
 
-    def map(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, heads, n, d) and positions (B or 1, n) to (B, heads, n, d)."""
+    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
+        """x (B, heads, n, d), one of q, k and v, and positions (B or 1, n) to (B, heads, n, d).
+
+        `c` holds the call's params, and its streams for these tokens.
+        """
         raise NotImplementedError
 
 
@@ -30,7 +40,7 @@ class Rope(TokenMap):
     name = "rope"
     needs = frozenset({"bilinear"})
 
-    def map(self, x: Tensor, positions: Tensor) -> Tensor:
+    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
         d = x.shape[-1]
         if d % 2:
             raise NotSupported(f"rope turns pairs of channels: head_dim must be even, got {d}")
@@ -50,5 +60,5 @@ class Standardize(TokenMap):
 
     name = "standardize"
 
-    def map(self, x: Tensor, positions: Tensor) -> Tensor:
+    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
@@ -22,7 +23,7 @@ from saccade.parts.pair import Context, Program, map_tokens
 from saccade.parts.select import Selection
 from saccade.parts.state import State
 from saccade.plan import inspect
-from saccade.plan.choose import combine, make
+from saccade.plan.choose import combine, finish, make
 from saccade.reference import by_head
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +63,7 @@ def attend(
     mask: Tensor | None = ...,
     key_lengths: Tensor | None = ...,
     state: State | None = ...,
+    grid: Sequence[int] | None = ...,
     params: dict[str, Tensor] | None = ...,
     streams: dict[str, Tensor] | None = ...,
     buffers: dict[str, Tensor] | None = ...,
@@ -78,6 +80,7 @@ def attend(
     mask: Tensor | None = ...,
     key_lengths: Tensor | None = ...,
     state: State | None = ...,
+    grid: Sequence[int] | None = ...,
     need: Sequence[str | Weights],
     params: dict[str, Tensor] | None = ...,
     streams: dict[str, Tensor] | None = ...,
@@ -94,6 +97,7 @@ def attend(
     mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     state: State | None = None,
+    grid: Sequence[int] | None = None,
     need: Sequence[str | Weights] = ("out",),
     params: dict[str, Tensor] | None = None,
     streams: dict[str, Tensor] | None = None,
@@ -110,6 +114,7 @@ def attend(
     key_lengths: integers (B,); later keys are padding. With L = S the padding is shared by the queries (self-attention),
         otherwise the L queries are the last L of each sample's keys.
     state: what an earlier call returned; k and v then hold the new tokens only.
+    grid: sizes of the axes where tokens are the cells of an image or a volume, row by row, for parts that ask for it.
     need: any of out, lse, weights (or saccade.Weights(heads, rows)), mass, state, selection. The output alone is a tensor,
         more is a named tuple.
     params, streams, buffers: tensors that the mechanism's parts declare, by name (`mechanism.weights(sizes)`...).
@@ -125,6 +130,14 @@ def attend(
     """
     m = parse(mechanism)
     _check(q, k, v, m, mask, key_lengths, state)
+    if grid is not None:
+        m = m.on_grid(grid)
+        cells = math.prod(grid)
+        if state is None and (q.shape[2], k.shape[2]) != (cells, cells):
+            raise ValueError(
+                f"a grid of {' x '.join(map(str, grid))} has {cells} cells, but there are {q.shape[2]} queries and "
+                f"{k.shape[2]} keys"
+            )
     words, asked = _needs(need)
     c = Context(q, k, v, 0, 0, key_lengths, mask, params or {}, streams or {}, buffers or {}, selection)
     _check_named(m, c)
@@ -256,9 +269,10 @@ def _check_named(m: Mechanism, c: Context) -> None:
             if x.device != c.q.device:
                 raise ValueError(f"{what}[{n!r}] is on {x.device}, q on {c.q.device}")
     for n, stream in m.streams(sizes).items():
-        tokens = (*c.q.shape[:2], c.q.shape[2] if stream.side == "q" else c.k.shape[2])
-        if tuple(c.streams[n].shape) != tokens:
-            raise ValueError(f"streams[{n!r}] must have shape {tokens}, got {tuple(c.streams[n].shape)}")
+        tokens = c.q.shape[2] if stream.side == "q" else c.k.shape[2]
+        wanted = stream.shape(c.q.shape[0], c.q.shape[1], tokens)
+        if tuple(c.streams[n].shape) != wanted:
+            raise ValueError(f"streams[{n!r}] must have shape {wanted}, got {tuple(c.streams[n].shape)}")
     for n, w in weights.items():
         if n in c.params and tuple(c.params[n].shape) != tuple(w.shape):
             raise ValueError(
@@ -309,7 +323,11 @@ def _run(m: Mechanism, c: Context, lse: bool, kernel: str | None) -> tuple[Tenso
 
 def _empty(m: Mechanism, c: Context, lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """The answer when there is no query, no key or no sample."""
-    return None if c.q.numel() and c.k.numel() and c.v.numel() else _zeros(m, c, lse)
+    if c.q.numel() and c.k.numel() and c.v.numel():
+        return None
+    slots = isinstance(m, Pairwise) and m.slots is not None
+    out, found = finish(m, c, *_zeros(m, c, lse or slots))
+    return out, found if lse else None
 
 
 def _zeros(m: Mechanism, c: Context, lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -491,11 +509,8 @@ def _advance_recurrent(
         found = None
     else:
         out, found, after = chunked(m, c, carry)
-    return (
-        out.to(c.q.dtype),
-        found,
-        State({"s": after.s, "z": after.z, "m": after.m}, state.length + c.k.shape[2]),
-    )
+    out, found = finish(m, c, out.to(c.q.dtype), found)
+    return out, found, State({"s": after.s, "z": after.z, "m": after.m}, state.length + c.k.shape[2])
 
 
 def _advance_scan(m: Pairwise, c: Context, state: State) -> tuple[Tensor, Tensor | None, State]:
@@ -503,4 +518,4 @@ def _advance_scan(m: Pairwise, c: Context, state: State) -> tuple[Tensor, Tensor
     s, v = logits_and_values(Program.bind(m, c), wide)
     out, lse = prefixes(s, v, (state.tensors["out"], state.tensors["lse"]))
     after = State({"out": out[:, :, -1], "lse": lse[:, :, -1]}, state.length + c.k.shape[2])
-    return out.to(c.q.dtype), lse, after
+    return *finish(m, c, out.to(c.q.dtype), lse), after

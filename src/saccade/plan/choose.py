@@ -26,9 +26,10 @@ from saccade.kernels.sdpa import SdpaKernel, backend
 from saccade.kernels.slab import SlabKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
+from saccade.parts.mask import Pairs
 from saccade.parts.memory import ChannelRatio, RowRatio
 from saccade.parts.normalizer import merge
-from saccade.parts.pair import Context
+from saccade.parts.pair import Context, take_heads
 
 LARGEST_MATRIX = 1 << 24
 
@@ -64,7 +65,9 @@ class ReferenceKernel(Kernel):
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         wide = torch.promote_types(r.dtype, torch.float32)
-        bare = replace(m, tokens=()) if isinstance(m, Pairwise | Recurrent) else m
+        bare = (
+            replace(m, tokens=()) if isinstance(m, Pairwise | Recurrent) else m
+        )  # the context is mapped already
         out, lse = reference.evaluate(bare, replace(c, q=c.q.to(wide), k=c.k.to(wide), v=c.v.to(wide)))
         return out.to(r.dtype), lse
 
@@ -104,13 +107,17 @@ class Candidate:
 class Plan:
     """The chosen kernel for one mechanism and request, and every other with its reasons. Print it.
 
-    A combination has no kernel of its own; `members` holds a plan for each mechanism in it.
+    A combination has no kernel of its own; `members` holds a plan for each mechanism in it. Where the pairs differ
+    between heads, `heads` says which heads each member computes. Kernels run the `core`: slots and output maps, which
+    any kernel's result takes, are added after it.
     """
 
     mechanism: Mechanism
     request: Request
     candidates: tuple[Candidate, ...] = ()
     members: tuple[Plan, ...] = ()
+    heads: tuple[tuple[int, ...], ...] = ()
+    core: Mechanism | None = None
 
     @property
     def chosen(self) -> Candidate:
@@ -121,7 +128,8 @@ class Plan:
     def kernel(self) -> str:
         """The name of the kernel that runs, with its backend."""
         if self.members:
-            return f"{self.mechanism.word}({', '.join(p.kernel for p in self.members)})"  # type: ignore[attr-defined]
+            word = "per head" if self.heads else self.mechanism.word  # type: ignore[attr-defined]
+            return f"{word}({', '.join(p.kernel for p in self.members)})"
         name = self.chosen.kernel.name
         return f"{name} ({backend(self.request)})" if name == "sdpa" else name
 
@@ -143,8 +151,8 @@ class Plan:
     def lse(self) -> bool:
         """True when the chosen kernel can answer the log-denominator."""
         if self.members:
-            return isinstance(self.mechanism, Join)
-        return not self.chosen.kernel.reasons(self.mechanism, replace(self.request, lse=True))
+            return all(p.lse for p in self.members) if self.heads else isinstance(self.mechanism, Join)
+        return not self.chosen.kernel.reasons(self.core or self.mechanism, replace(self.request, lse=True))
 
     @property
     def deterministic(self) -> bool:
@@ -157,7 +165,26 @@ class Plan:
 
     def run(self, c: Context) -> tuple[Tensor, Tensor | None]:
         """`(out, lse or None)` of a context whose tokens are mapped (those of a combination's members are not)."""
-        return self.chosen.kernel.run(self.mechanism, c, self.request)
+        m = self.mechanism
+        if self.heads:
+            out, lse = self._run_heads(c)
+        else:
+            out, lse = self.chosen.kernel.run(self.core or m, c, _core_request(m, self.request))
+        return finish(m, c, out, lse)
+
+    def _run_heads(self, c: Context) -> tuple[Tensor, Tensor | None]:
+        if c.selection is not None:
+            raise NotSupported(
+                f"{self.mechanism} differs between heads, so a selection cannot be replayed through it"
+            )
+        found = [
+            p.run(take_heads(c, p.mechanism.weights, heads))
+            for p, heads in zip(self.members, self.heads, strict=True)
+        ]
+        order = torch.tensor([h for heads in self.heads for h in heads], device=c.q.device).argsort()
+        lses = [lse for _, lse in found if lse is not None]
+        out = torch.cat([out for out, _ in found], 1).index_select(1, order)
+        return out, torch.cat(lses, 1).index_select(1, order) if len(lses) == len(found) else None
 
     def __str__(self) -> str:
         m, r = self.mechanism, self.request
@@ -228,6 +255,42 @@ def bytes_text(n: float) -> str:
     return f"{n:.3g} TiB"
 
 
+def finish(m: Mechanism, c: Context, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Add what any kernel's result takes: the slots of the row, then the output maps."""
+    if isinstance(m, Pairwise) and m.slots is not None:
+        assert lse is not None
+        out, lse = merge([(out, lse), m.slots.partial(c, out)])
+    for part in m.output if isinstance(m, Pairwise | Recurrent) else ():
+        out = part.map(out, c)
+    return out, lse
+
+
+def core(m: Mechanism) -> Mechanism:
+    """What a kernel runs of a mechanism: everything but slots and output maps."""
+    if isinstance(m, Pairwise) and (m.slots is not None or m.output):
+        return replace(m, slots=None, output=())
+    return replace(m, output=()) if isinstance(m, Recurrent) and m.output else m
+
+
+def _core_request(m: Mechanism, r: Request) -> Request:
+    return replace(r, lse=True) if isinstance(m, Pairwise) and m.slots is not None and not r.lse else r
+
+
+def _per_head(m: Pairwise, r: Request, kernel: str | None) -> Plan:
+    """A plan for each set of heads that read the same pairs."""
+    groups: dict[Pairs, list[int]] = {}
+    for h in range(r.shape.heads):
+        groups.setdefault(m.pairs.at(h, r.shape.heads), []).append(h)
+    bare, asked, members = replace(m, slots=None, output=()), _core_request(m, r), []
+    for pairs, heads in groups.items():
+        owners = len({h * r.shape.kv_heads // r.shape.heads for h in heads})
+        shape = replace(
+            r.shape, heads=len(heads), kv_heads=owners if len(heads) % owners == 0 else len(heads)
+        )
+        members.append(make(replace(bare, pairs=pairs), replace(asked, shape=shape), kernel))
+    return Plan(m, r, (), tuple(members), tuple(map(tuple, groups.values())))
+
+
 @functools.lru_cache(maxsize=4096)
 def make(m: Mechanism, r: Request, kernel: str | None = None) -> Plan:
     """The plan for a mechanism and a request; `kernel` demands one by name."""
@@ -240,16 +303,21 @@ def make(m: Mechanism, r: Request, kernel: str | None = None) -> Plan:
         raise NotSupported(
             f"{m}: {what} has no meaning once keys are summarised; use key_lengths for padding, or {m.summary.relative}"
         )
+    if isinstance(m, Pairwise) and m.pairs.by_head:
+        return _per_head(m, r, kernel)
     found = []
+    inner, asked = core(m), _core_request(m, r)
     for k in KERNELS:
-        why = k.reasons(m, r)
+        why = k.reasons(inner, asked)
         if kernel is not None and k.name != kernel:
             why = [*why, f"the call demands {kernel}"]
-        cost = None if why else k.cost(m, r)
+        cost = None if why else k.cost(inner, asked)
+        if cost is not None and inner is not m:
+            cost = replace(cost, peak=cost.peak + 2 * r.tensor_bytes()[3])
         time = float("inf") if cost is None else seconds(cost, r.device, r.dtype, k.efficiency(r))
         found.append(Candidate(k, tuple(why), cost, time))
     found.sort(key=lambda x: (bool(x.reasons), x.kernel.name == "reference", x.seconds))
-    plan = Plan(m, r, tuple(found))
+    plan = Plan(m, r, tuple(found), core=inner)
     if plan.chosen.reasons:
         listing = "\n".join(f"  {x.kernel.name}: {'; '.join(x.reasons)}" for x in found)
         raise NotSupported(f"nothing runs {m} for {r.shape} on {r.device}{_wanted(r)}:\n{listing}")
@@ -326,10 +394,10 @@ def plan(
 
 def _named(p: Plan, m: Mechanism) -> Plan:
     """A plan that prints the caller's own words: equal mechanisms share plans, whatever name they were asked by."""
-    children = m.children if isinstance(m, Combine) else ()
-    return replace(
-        p, mechanism=m, members=tuple(_named(x, c) for x, c in zip(p.members, children, strict=True))
-    )
+    if not isinstance(m, Combine):
+        return replace(p, mechanism=m)
+    members = tuple(_named(x, c) for x, c in zip(p.members, m.children, strict=True))
+    return replace(p, mechanism=m, members=members)
 
 
 def shape_given_kv(shape: Shape | Sequence[int]) -> bool:

@@ -107,8 +107,13 @@ def slab(m: Mechanism, c: Context, r0: int, r1: int) -> Tensor:
             f"{m} averages over the buckets that took a token; ask for `selection` to see them"
         )
     spans = [(0, program.keys)]
-    w, _ = program.weights(program.tile(slice(r0, r1), spans))
-    return w
+    w, lse = program.weights(program.tile(slice(r0, r1), spans))
+    if m.slots is None:
+        return w
+    assert lse is not None
+    like = mapped.v.new_zeros(*mapped.q.shape[:3], 1)
+    _, taken = m.slots.partial(mapped, like)
+    return w * torch.exp(lse - torch.logaddexp(lse, taken[:, :, r0:r1])).unsqueeze(-1)
 
 
 def selection(m: Mechanism, c: Context) -> Selection | None:

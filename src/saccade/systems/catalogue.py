@@ -6,6 +6,7 @@ import functools
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from saccade.errors import MechanismError
 from saccade.mechanism.values import names
@@ -13,7 +14,10 @@ from saccade.mechanism.values import names
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the catalogue. `state` is planned or works; `where` is the text or the name to call it by."""
+    """A row of the catalogue.
+
+    `state` is planned or works; `where` is the mechanism's text, or the public name of a module or function, `sc.nn...`.
+    """
 
     ref: str
     slug: str
@@ -26,6 +30,16 @@ class Entry:
     cost: str = ""
     where: str = ""
     finding: str = ""
+
+
+def public(name: str) -> Any:
+    """The object of a dotted public name such as `sc.nn.Attention`. Raises AttributeError where there is none."""
+    import saccade
+
+    found: Any = saccade
+    for word in name.removeprefix("sc.").split("."):
+        found = getattr(found, word)
+    return found
 
 
 @functools.cache
