@@ -28,6 +28,8 @@ PLAIN = [
     "causal + identity + fixed_decay",
     "mix(window(8), causal + linear)",
     "by_head(window(4), causal)",
+    "sources(q=place, k=place, kv=2) + causal",
+    "learned_queries(4)",
 ]
 
 SYSTEMS = [
