@@ -37,6 +37,8 @@ SYSTEMS = [
     "mqa",
     "causal + gqa(2)",
     "causal + memory_efficient_attention(32, key_chunk=48)",
+    "causal + mhe",
+    "mhe(mode=add)",
     "luong_attention(score=dot)",
     "luong_attention(score=general, local=monotonic)",
     "luong_attention(score=concat)",
