@@ -21,7 +21,7 @@ def top_share(count: int, symbols: int) -> float:
         power = np.ones(1)
         for _ in range(symbols):
             power = np.convolve(power, poisson[: most + 1])[: count + 1]
-        largest += 1 - (power[count] / whole if len(power) > count else 0.0)
+        largest += 1 - (float(power[count]) / whole if len(power) > count else 0.0)
     return largest / count
 
 
