@@ -81,7 +81,7 @@ def same_set(found: Tensor, targets: Tensor, count: int) -> float:
 
     def shown(rows: Tensor) -> Tensor:
         before = (rows == count).cumsum(1) == 0
-        pointed = torch.zeros(len(rows), count + 1, dtype=torch.bool)
+        pointed = rows.new_zeros(len(rows), count + 1, dtype=torch.bool)
         return pointed.scatter(1, rows.masked_fill(~before | (rows < 0), count), True)[:, :count]
 
     return float((shown(found) == shown(targets)).all(1).float().mean())

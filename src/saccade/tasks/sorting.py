@@ -88,9 +88,13 @@ class SymbolSorting:
 
     @property
     def baseline(self) -> float:
-        """Accuracy of knowing which symbols there are, not how often: on to the next always, or the last once more always."""
-        shown = self.symbols * (1 - (1 - 1 / self.symbols) ** self.length)
-        return max(shown, self.length - shown + 1) / self.length
+        """Accuracy of knowing which symbols there are, not how often: always the next one up, or always the last once more."""
+        n, symbols = self.length, self.symbols
+        shown = symbols * (1 - (1 - 1 / symbols) ** n)
+        greatest = (
+            n / symbols * sum((s / symbols) ** (n - 1) for s in range(1, symbols + 1))
+        )  # how often it stands
+        return max(shown + greatest - 1, n - shown + 1) / n
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Symbols and symbols in order, both (size, length) int64."""

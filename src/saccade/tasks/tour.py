@@ -13,7 +13,9 @@ EXACT = 13  # most points that the exact answer is worked out for; its cost doub
 
 def tour_length(points: Tensor, order: Tensor) -> Tensor:
     """The length (size,) of the closed tour through points (size, n, 2) in an order (size, n) of all of them."""
-    if not torch.equal(order.sort(1).values, torch.arange(points.shape[1]).expand_as(order)):
+    if not torch.equal(
+        order.sort(1).values, torch.arange(points.shape[1], device=order.device).expand(len(points), -1)
+    ):
         raise ValueError("tour_length: each row of order must name each point once")
     stops = points.gather(1, order[..., None].expand_as(points))
     return (stops - stops.roll(-1, 1)).norm(dim=-1).sum(1)
