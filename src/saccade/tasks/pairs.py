@@ -45,10 +45,11 @@ class SentencePairs:
         drawn = torch.rand(size, self.symbols, generator=generator).argsort(1)[:, : self.words + 1]
         first, other = drawn[:, :-1], drawn[:, -1:]
         same = torch.randint(2, (size,), generator=generator)
-        second = torch.where((same == 1)[:, None], first, torch.cat((other, first[:, 1:]), 1))
-        order = torch.rand(size, self.words, generator=generator).argsort(1)
+        copied = first.gather(1, torch.rand(size, self.words, generator=generator).argsort(1))
+        changed = copied.scatter(1, torch.randint(self.words, (size, 1), generator=generator), other)
+        second = torch.where(same[:, None] == 1, copied, changed)
         between = torch.full((size, 1), self.symbols)
-        return torch.cat((first, between, second.gather(1, order)), 1), same
+        return torch.cat((first, between, second), 1), same
 
     def sentences(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The two sentences of a batch, each (size, words)."""
