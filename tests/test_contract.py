@@ -28,6 +28,8 @@ PLAIN = [
     "causal + identity + fixed_decay",
     "mix(window(8), causal + linear)",
     "by_head(window(4), causal)",
+    "sources(q=place, k=place, kv=2) + causal",
+    "learned_queries(4)",
 ]
 
 SYSTEMS = [
@@ -35,6 +37,8 @@ SYSTEMS = [
     "mqa",
     "causal + gqa(2)",
     "causal + memory_efficient_attention(32, key_chunk=48)",
+    "causal + mhe",
+    "mhe(mode=add)",
     "luong_attention(score=dot)",
     "luong_attention(score=general, local=monotonic)",
     "luong_attention(score=concat)",
