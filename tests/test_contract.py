@@ -23,6 +23,13 @@ PLAIN = [
     "causal + window(8) + sink(4)",
     "causal + alibi",
     "causal + rope",
+    "causal + rope_linear(4)",
+    "rope_ntk(4)",
+    "causal + rope_yarn(4, length=64)",
+    "axial_rope(grid=(10, 16))",
+    "causal + t5_bias",
+    "t5_bias(two_sided=true)",
+    "causal + window(12) + rel_table(5)",
     "linear",
     "causal + linear",
     "causal + identity + fixed_decay",
@@ -53,6 +60,8 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "shaw_rpr(8)",
+    "causal + shaw_rpr(8)",
 ]
 
 
