@@ -82,15 +82,18 @@ class Report:
 
 @dataclass
 class Subject:
-    """A mechanism with seeded tensors of the right kinds."""
+    """A mechanism with seeded tensors of the right kinds, on a grid of as many cells as tokens where it asks for one."""
 
-    mechanism: Mechanism
+    given: Mechanism
     seed: int
     device: str
     oracle: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    length: int = LENGTH
+    mechanism: Mechanism = field(init=False)
     groups: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.mechanism = on_tokens(self.given, self.length)
         self.groups = self.mechanism.kv_heads(HEADS)
 
     @property
@@ -154,6 +157,16 @@ class Subject:
         return attend(
             qkv[0], qkv[1], qkv[2], self.mechanism, need=("selection",), **named, **options
         ).selection
+
+
+def on_tokens(m: Mechanism, length: int) -> Mechanism:
+    """A mechanism that asks for a grid on one of so many cells, a multiple of 32: of its own number of axes, else two."""
+    if None not in m.grids:
+        return m
+    dims = {n for p in m.parts() if (n := getattr(p, "dims", None)) is not None} or {2}
+    if len(dims) > 1:
+        raise ValueError(f"{m} asks for grids of {sorted(dims)} axes at once")
+    return m.on_grid({1: (length,), 2: (length // 16, 16), 3: (length // 32, 4, 8)}[dims.pop()])
 
 
 def cut(named: Named, rows: slice) -> Named:
@@ -228,6 +241,8 @@ def no_future(s: Subject) -> str:
 
 def padding(s: Subject) -> str:
     """A sample alone, and the same sample padded with NaN in a batch, give the same."""
+    if s.mechanism.grids and not s.mechanism.causal:
+        raise Skip("a padded image has another grid")
     full, short = s.qkv(), LENGTH - 57
     lengths = torch.tensor([LENGTH, short], device=s.device)
     named = s.named()
@@ -465,17 +480,18 @@ def cost_growth(s: Subject) -> str:
     """Counted FLOPs at two lengths are what the plan says, and grow with its exponent."""
     lengths, counted, claimed = (512, 1024), [], []
     for n in lengths:
+        at = replace(s, length=n)
         try:
-            p = plan(s.mechanism, _shape(s, n), device=s.device)
+            p = plan(at.mechanism, _shape(s, n), device=s.device)
         except NotSupported as error:
             raise Skip(str(error).splitlines()[0][:100]) from None
         kernel = None
         if not p.members and p.chosen.kernel.name == "sdpa":
             kernel = "chunk"
-            p = plan(s.mechanism, _shape(s, n), device=s.device, kernel=kernel)
+            p = plan(at.mechanism, _shape(s, n), device=s.device, kernel=kernel)
         try:
             with FlopCounterMode(display=False) as counter:
-                s.out(s.qkv(n, torch.float32), s.named(n, torch.float32), kernel=kernel)
+                at.out(s.qkv(n, torch.float32), s.named(n, torch.float32), kernel=kernel)
         except NotSupported as error:
             raise Skip(str(error).splitlines()[0][:100]) from None
         counted.append(counter.get_total_flops())

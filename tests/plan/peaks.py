@@ -19,7 +19,7 @@ HEADS, DIM = 8, 64
 def ready(text: str, length: int, grad: bool) -> tuple[Callable[[], object], int]:
     """A call of a mechanism on fresh inputs, and the peak that its plan predicts."""
     g = torch.Generator().manual_seed(0)
-    m = sc.mechanism(text)
+    m = sc.testing.on_tokens(sc.mechanism(text), length)
     groups = m.kv_heads(HEADS)
     sizes = Sizes(HEADS, groups, DIM, DIM)
     q, k, v = (

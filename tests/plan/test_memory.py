@@ -17,6 +17,7 @@ CASES = [
     "window(256)",
     "gqa(2) + window(256)",
     "dilated(64, step=4)",
+    "na(7)",
     "alibi + causal",
     "memory_efficient_attention",
     "moba",

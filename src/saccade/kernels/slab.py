@@ -43,7 +43,7 @@ class Attend(torch.autograd.Function):
     def forward(
         ctx: Any, program: Program, size: int, names: list[str], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        bound = _rebind(program, names, tensors)
+        bound = rebind(program, names, tensors)
         outs, lses = [], []
         for r0 in range(0, program.rows, size):
             out, lse = evaluate(bound, slice(r0, min(program.rows, r0 + size)), bound.q, bound.k, bound.v)
@@ -66,7 +66,7 @@ class Attend(torch.autograd.Function):
         }
         for n in wanted:
             leaves[n].requires_grad_()
-        bound = _rebind(ctx.program, ctx.names, leaves)
+        bound = rebind(ctx.program, ctx.names, leaves)
         for r0 in range(0, bound.rows, ctx.size):
             rows = slice(r0, min(bound.rows, r0 + ctx.size))
             with torch.enable_grad():
@@ -88,13 +88,15 @@ class Attend(torch.autograd.Function):
         return (None, None, None, *out_grads)
 
 
-def _inputs(program: Program) -> tuple[list[str], list[Tensor]]:
+def bound_inputs(program: Program) -> tuple[list[str], list[Tensor]]:
+    """Everything of a program that may have a gradient, with its names."""
     named = {f"param.{n}": x for n, x in program.context.params.items()}
     named |= {f"stream.{n}": x for n, x in program.streams.items()}
     return ["q", "k", "v", *named], [program.q, program.k, program.v, *named.values()]
 
 
-def _rebind(program: Program, names: list[str], tensors: list[Tensor] | tuple[Tensor, ...]) -> Program:
+def rebind(program: Program, names: list[str], tensors: list[Tensor] | tuple[Tensor, ...]) -> Program:
+    """The program with other tensors under those names."""
     found = dict(zip(names, tensors, strict=True))
     params = {n.removeprefix("param."): x for n, x in found.items() if n.startswith("param.")}
     streams = {n.removeprefix("stream."): x for n, x in found.items() if n.startswith("stream.")}
@@ -157,7 +159,7 @@ class SlabKernel(Kernel):
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
         program = Program.bind(m, c)
-        names, tensors = _inputs(program)
+        names, tensors = bound_inputs(program)
         size = slab_rows(m, r)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             out, lse = Attend.apply(program, size, names, *tensors)

@@ -25,6 +25,7 @@ from saccade.parts.base import NAMES, Part, nearest, register, value_text
 from saccade.parts.mask import Full, Pairs
 from saccade.parts.tokens import TokenMap
 
+TRUTHS = {"true": True, "false": False}
 TOKEN = re.compile(
     r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<mark>[()+|&=,]))"
 )
@@ -140,18 +141,25 @@ class Parser:
             return ahead[0][1]
         return None
 
+    def plain(self, at: int) -> bool:
+        """Whether a number, true or false stands at a token."""
+        return at < len(self.tokens) and (self.tokens[at][0] == "number" or self.tokens[at][1] in TRUTHS)
+
     def value(self) -> Any:
         if self.at < len(self.tokens) and self.tokens[self.at][0] == "number":
             number = self.tokens[self.at][1]
             self.at += 1
             return int(number) if re.fullmatch(r"-?\d+", number) else float(number)
-        if self.peek("(") and self.at + 1 < len(self.tokens) and self.tokens[self.at + 1][0] == "number":
+        if self.peek("(") and self.plain(self.at + 1):
             self.take("(")
-            items = []
+            items: list[Any] = []
             while not self.peek(")"):
-                if self.at < len(self.tokens) and self.tokens[self.at][0] != "number":
+                if not self.plain(self.at):
                     self.fail("expected a number")
-                items.append(self.value())
+                truth = self.tokens[self.at][1]
+                if truth in TRUTHS:
+                    self.at += 1
+                items.append(TRUTHS[truth] if truth in TRUTHS else self.value())
                 if not self.peek(")"):
                     self.take(",")
             self.take(")")

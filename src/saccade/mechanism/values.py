@@ -92,6 +92,11 @@ class Mechanism:
         return _on_grid(self, tuple(grid))
 
     @cached_property
+    def grids(self) -> frozenset[tuple[int, ...] | None]:
+        """The grids on which its parts stand; None for one that was left open."""
+        return frozenset(p.grid for p in self.parts() if hasattr(p, "grid"))
+
+    @cached_property
     def _hash(self) -> int:
         return hash((type(self), *(getattr(self, f.name) for f in dataclasses.fields(self) if f.compare)))
 

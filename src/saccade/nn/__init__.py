@@ -4,6 +4,7 @@ from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
+from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
@@ -19,10 +20,12 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "GaussianGate",
+    "LearnedPositions",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
     "SetTransformer",
+    "SinusoidalPositions",
     "SpatialGate",
     "Transformer",
     "UpDownMask",

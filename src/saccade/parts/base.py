@@ -149,6 +149,10 @@ class Part:
         """Tensors that are kept beside the weights and change only by an explicit refresh."""
         return {}
 
+    def row_flops(self, sizes: Sizes) -> int:
+        """Matrix FLOPs that a query row costs a head besides its pairs."""
+        return 0
+
     def refresh(
         self,
         buffers: dict[str, Tensor],
@@ -176,7 +180,18 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
     if isinstance(hint, type) and issubclass(hint, Part) and not isinstance(value, hint):
         known = ", ".join(n for n, c in PARTS.items() if issubclass(c, hint))
         raise MechanismError(f"{owner}: {name} must be a {hint.kind}, one of {known}, got {value}")
+    several = [typing.get_args(t)[0] for t in allowed if typing.get_origin(t) is tuple]
+    if several and isinstance(value, tuple):
+        if not value:
+            raise MechanismError(f"{owner}: {name} has a value an axis or head, got ()")
+        for one in value:
+            check_argument(owner, name, one, several[0], limits)
+        return
     if not simple:
+        return
+    if isinstance(value, tuple) and any(typing.get_origin(t) is tuple for t in allowed):
+        for entry in value:
+            check_argument(owner, f"each of {name}", entry, int, limits)
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = any(

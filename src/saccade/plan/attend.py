@@ -132,12 +132,7 @@ def attend(
     _check(q, k, v, m, mask, key_lengths, state)
     if grid is not None:
         m = m.on_grid(grid)
-        cells = math.prod(grid)
-        if state is None and (q.shape[2], k.shape[2]) != (cells, cells):
-            raise ValueError(
-                f"a grid of {' x '.join(map(str, grid))} has {cells} cells, but there are {q.shape[2]} queries and "
-                f"{k.shape[2]} keys"
-            )
+    _check_grid(m, q, k, state, grid)
     words, asked = _needs(need)
     c = Context(q, k, v, 0, 0, key_lengths, mask, params or {}, streams or {}, buffers or {}, selection)
     _check_named(m, c)
@@ -241,6 +236,20 @@ def _check(
         if state is not None:
             raise NotSupported(
                 "key_lengths with a state: ragged decoding is not kept in one state; decode samples of one length together"
+            )
+
+
+def _check_grid(m: Mechanism, q: Tensor, k: Tensor, state: State | None, grid: Sequence[int] | None) -> None:
+    """Raise ValueError unless the tokens are all cells of the grid, or its first ones where no later cell is read."""
+    rows, keys = q.shape[2], k.shape[2] + (state.length if state is not None else 0)
+    for cells_of in {tuple(grid)} if grid is not None and not m.grids else m.grids:
+        if cells_of is None:
+            raise ValueError(f"{m} stands on a grid: give one, as in attend(..., grid=(height, width))")
+        cells = math.prod(cells_of)
+        if keys > cells or (state is None and rows != keys) or (keys != cells and not m.causal):
+            raise ValueError(
+                f"a grid of {' x '.join(map(str, cells_of))} has {cells} cells, but there are {rows} queries and "
+                f"{keys} keys"
             )
 
 

@@ -1,6 +1,18 @@
 """The reading list as named constructors, by family, and the catalogue that lists all of it."""
 
-from saccade.systems import aaren, catalogue, heads, linear, luong, mhe, moba, nystromformer, routing, softmax
+from saccade.systems import (
+    aaren,
+    catalogue,
+    heads,
+    linear,
+    luong,
+    mhe,
+    moba,
+    nystromformer,
+    positions,
+    routing,
+    softmax,
+)
 
 __all__ = [
     "aaren",
@@ -11,6 +23,7 @@ __all__ = [
     "mhe",
     "moba",
     "nystromformer",
+    "positions",
     "routing",
     "softmax",
 ]
