@@ -4,6 +4,8 @@ from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
+from saccade.nn.labels import LabelAttention
+from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
@@ -20,7 +22,9 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "GaussianGate",
+    "LabelAttention",
     "LearnedPositions",
+    "LexiconAttention",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
