@@ -23,6 +23,11 @@ PLAIN = [
     "causal + window(8) + sink(4)",
     "causal + alibi",
     "causal + rope",
+    "entmax(1.25)",
+    "causal + entmax",
+    "causal + sparsemax",
+    "causal + sigmoid",
+    "causal + unnormalized",
     "linear",
     "causal + linear",
     "causal + identity + fixed_decay",
@@ -49,6 +54,8 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "rela",
+    "causal + rela",
 ]
 
 
