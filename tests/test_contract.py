@@ -34,6 +34,11 @@ PLAIN = [
     "causal + t5_bias",
     "t5_bias(two_sided=true)",
     "causal + window(12) + rel_table(5)",
+    "entmax(1.25)",
+    "causal + entmax",
+    "causal + sparsemax",
+    "causal + sigmoid",
+    "causal + unnormalized",
     "linear",
     "causal + linear",
     "causal + identity + fixed_decay",
@@ -66,6 +71,8 @@ SYSTEMS = [
     "aaren",
     "shaw_rpr(8)",
     "causal + shaw_rpr(8)",
+    "rela",
+    "causal + rela",
 ]
 
 

@@ -124,6 +124,8 @@ class SlabKernel(Kernel):
         why = []
         if any(p.reach == "bucket" for p in m.parts()) and not r.decoding:
             why.append("attention runs inside buckets, which rows cross")
+        if r.lse and not m.normalizer.has_lse:
+            why.append(f"{m.normalizer.name} has no log-denominator")
         if m.heads is not None and m.heads.learned_query:
             why.append("a learned query has its own prefix scan")
         if m.tiles is not None:

@@ -298,9 +298,9 @@ class Program:
         """Weights of the tile's rows over its keys, which must be all that the rows may read, and the lse."""
         if not t.cols.numel():
             shape = t.q.shape[:3]
-            return t.q.new_zeros((*shape, 0)), torch.full(
-                shape, -torch.inf, device=t.q.device, dtype=torch.promote_types(t.q.dtype, torch.float32)
-            )
+            wide = torch.promote_types(t.q.dtype, torch.float32)
+            empty = torch.full(shape, -torch.inf, device=t.q.device, dtype=wide)
+            return t.q.new_zeros((*shape, 0)), empty if self.mechanism.normalizer.has_lse else None
         w, lse = self.mechanism.normalizer.normalize(self.logits(t), t)
         for part in self.mechanism.reweight:
             w = part.tile(w, t)

@@ -10,8 +10,10 @@ from saccade.systems import (
     moba,
     nystromformer,
     positions,
+    rela,
     routing,
     softmax,
+    sparse,
 )
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "moba",
     "nystromformer",
     "positions",
+    "rela",
     "routing",
     "softmax",
+    "sparse",
 ]
