@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "systems.json"
 
 
 class Recorder:
-    """Keeps the outcome and the seconds of every check, by system."""
+    """Keeps the outcome and the seconds of every check, by system; marks are seen where tests are collected."""
 
     def __init__(self) -> None:
         self.refs: dict[str, list[str]] = {}
@@ -39,7 +39,9 @@ class Recorder:
 
 def main() -> int:
     recorder = Recorder()
-    code = pytest.main([str(ROOT / "tests" / "systems"), "-m", "system", *sys.argv[1:]], plugins=[recorder])
+    chosen = [str(ROOT / "tests" / "systems"), "-m", "system", *sys.argv[1:]]
+    pytest.main([*chosen, "--collect-only", "--numprocesses=0", "-qq"], plugins=[recorder])
+    code = pytest.main(chosen, plugins=[recorder])
     document = {
         "made_by": "python benchmarks/systems.py",
         "date": datetime.date.today().isoformat(),

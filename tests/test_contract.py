@@ -27,11 +27,20 @@ PLAIN = [
     "causal + window(8) + sink(4)",
     "causal + alibi",
     "causal + rope",
+    "causal + rope_linear(4)",
+    "rope_ntk(4)",
+    "causal + rope_yarn(4, length=64)",
+    "axial_rope(grid=(10, 16))",
+    "causal + t5_bias",
+    "t5_bias(two_sided=true)",
+    "causal + window(12) + rel_table(5)",
     "linear",
     "causal + linear",
     "causal + identity + fixed_decay",
     "mix(window(8), causal + linear)",
     "by_head(window(4), causal)",
+    "sources(q=place, k=place, kv=2) + causal",
+    "learned_queries(4)",
 ]
 
 SYSTEMS = [
@@ -39,6 +48,8 @@ SYSTEMS = [
     "mqa",
     "causal + gqa(2)",
     "causal + memory_efficient_attention(32, key_chunk=48)",
+    "causal + mhe",
+    "mhe(mode=add)",
     "luong_attention(score=dot)",
     "luong_attention(score=general, local=monotonic)",
     "luong_attention(score=concat)",
@@ -53,6 +64,8 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "shaw_rpr(8)",
+    "causal + shaw_rpr(8)",
 ]
 
 

@@ -1,8 +1,9 @@
 """saccade: describe any attention, run it fast, drop it into a model, look inside it, measure it against the others."""
 
-from saccade import nn, reference, systems, testing
+from saccade import insight, nn, reference, systems, testing
 from saccade.cost import Shape
 from saccade.errors import MechanismError, NotSupported
+from saccade.insight import draw
 from saccade.mechanism import ByHead, Join, Mechanism, Mix, Pairwise, Recurrent, causal, mechanism, system
 from saccade.parts.normalizer import merge
 from saccade.parts.state import State
@@ -26,7 +27,9 @@ __all__ = [
     "Weights",
     "attend",
     "causal",
+    "draw",
     "init_state",
+    "insight",
     "mechanism",
     "merge",
     "nn",

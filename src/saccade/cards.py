@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from saccade.errors import MechanismError
+from saccade.insight import Picture, draw
 from saccade.mechanism import Mechanism, mechanism, names
 from saccade.systems.catalogue import Entry, public
 
@@ -62,6 +63,17 @@ def composition(entry: Entry) -> Mechanism | None:
         except MechanismError:
             continue
     return None
+
+
+def picture(entry: Entry, length: int = 24) -> Picture | None:
+    """Which keys the queries of a working mechanism read; None where that cannot be drawn."""
+    made = composition(entry)
+    if made is None:
+        return None
+    try:
+        return draw(made, length)
+    except (ValueError, TypeError):
+        return None
 
 
 def _formula(entry: Entry, made: Mechanism) -> Iterator[str]:

@@ -141,7 +141,32 @@ def show(slug: Annotated[str, typer.Argument(help="A slug such as moba, or a ref
         from saccade import cards
         from saccade.systems import catalogue
 
-        print(cards.card(catalogue.get(slug)))
+        entry = catalogue.get(slug)
+        print(cards.card(entry))
+        picture = cards.picture(entry)
+        if picture is not None:
+            print(f"\npattern\n{picture}")
+
+
+@app.command()
+def combine(
+    parts: Annotated[list[str] | None, typer.Argument(help='Parts, as in rope "window(8)".')] = None,
+) -> None:
+    """Print which parts go together, or whether the given ones do; the exit code is 1 when they do not."""
+    with user_errors():
+        import saccade as sc
+        from saccade.mechanism import combine as rules
+
+        if not parts:
+            print("# go together   + with a third part, such as causal   . exclude each other\n")
+            print("\n".join(rules.table()))
+            return
+        why = rules.refusal(*parts)
+        if why is not None:
+            print(why)
+            raise typer.Exit(1)
+        m = sc.mechanism(" + ".join(parts))
+        print(f"{m}\n{m.family}, {'causal' if m.causal else 'not causal'}; parts: {m.canonical()}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saccade.mechanism.text import mechanism as parse
 from saccade.mechanism.values import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
+from saccade.parts.heads import LEARNED
 from saccade.parts.memory import ChannelRatio, RowRatio, divide, log_total
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context, Program, map_tokens, take_heads, without_padding
@@ -37,8 +38,11 @@ def attend(
     Shapes as in `saccade.attend`: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), answer (B, H, L, E) in the dtype
     of q, computed in float32 or wider. Holds whole (L, S) matrices: for tests and small inputs.
     """
+    m = parse(mechanism)
     c = context(q, k, v, mask, key_lengths, params, streams, buffers)
-    return evaluate(parse(mechanism), c)[0].to(q.dtype)
+    if key_lengths is not None and m.source("q") == LEARNED:
+        c = replace(c, offset=None)  # learned queries are no tokens, so no padding is shared with them
+    return evaluate(m, c)[0].to(q.dtype)
 
 
 def context(

@@ -306,9 +306,17 @@ def grouped_heads(s: Subject) -> str:
     wide = [qkv[0], *(x.repeat_interleave(repeat, 1) for x in qkv[1:])]
     sizes = Sizes(HEADS, groups, HEAD_DIM, VALUE_DIM)
     kv_side = {n for n, w in m.weights(sizes).items() if w.shape[0] == groups != HEADS}
+    bare = (
+        replace(m, heads=None)
+        if isinstance(m, Pairwise) and m.heads is not None and not s.learned_query
+        else m
+    )
+    kept = bare.weights(sizes)
     named_wide: Named = {
         "params": {
-            n: x.repeat_interleave(repeat, 0) if n in kv_side else x for n, x in named["params"].items()
+            n: x.repeat_interleave(repeat, 0) if n in kv_side else x
+            for n, x in named["params"].items()
+            if n in kept
         },
         "streams": named["streams"],
         "buffers": {
@@ -316,11 +324,6 @@ def grouped_heads(s: Subject) -> str:
             for n, x in named["buffers"].items()
         },
     }
-    bare = (
-        replace(m, heads=None)
-        if isinstance(m, Pairwise) and m.heads is not None and not s.learned_query
-        else m
-    )
     wide_out = attend(wide[0], wide[1], wide[2], bare, **named_wide)
     return close(s.out(qkv, named), wide_out, "grouped against repeated")
 

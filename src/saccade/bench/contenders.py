@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 import saccade as sc
 from saccade.bench.presets import CANDIDATES, REFERENCE, TWIN, Speed
-from saccade.parts.base import Sizes
+from saccade.insight.draw import weights
 
 _CELLS = 32  # the picture is this many rows and columns
 _TOKENS = 512  # of so many queries and keys
-_HEADS, _CHANNELS = 4, 64
+_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -128,23 +126,12 @@ def _state_note(m: sc.Mechanism) -> str | None:
     return None
 
 
-@torch.no_grad()
 def pattern(m: sc.Mechanism) -> list[list[int]] | None:
-    """Which keys each query reads, for random inputs: 32 of 512 queries by 32 stretches of 16 keys.
-
-    Values that are unit vectors turn the output into the weights themselves.
-    """
-    generator = torch.Generator().manual_seed(0)
+    """Which keys each query reads, for random inputs: 32 of 512 queries by 32 stretches of 16 keys."""
     try:
-        groups = m.kv_heads(_HEADS)
-        sizes = Sizes(_HEADS, groups, _CHANNELS, _TOKENS)
-        q, k = (torch.randn(1, h, _TOKENS, _CHANNELS, generator=generator) for h in (_HEADS, groups))
-        v = torch.eye(_TOKENS).expand(1, groups, -1, -1)
-        params = {name: w.make(generator) for name, w in m.weights(sizes).items()}
-        out = sc.attend(q, k, v, m, params=params, buffers=m.buffers(sizes, generator))
-        assert isinstance(out, torch.Tensor)
+        found = weights(m, _TOKENS, content=True, channels=_CHANNELS)
     except (ValueError, TypeError):
         return None
     side = _TOKENS // _CELLS
-    read = (out[0, 0, side - 1 :: side].abs() > 1e-6).view(_CELLS, _CELLS, side).any(2)
+    read = (found[0, side - 1 :: side].abs() > 1e-6).view(_CELLS, _CELLS, side).any(2)
     return read.int().tolist()

@@ -15,10 +15,12 @@ from saccade.parts.pair import Context
 
 
 def preparation_flops(m: Pairwise, r: Request) -> int:
-    """FLOPs of the token-level work of score and summary; with gradients, of their inputs and weights too."""
+    """FLOPs of the token-level work of score, summary and row terms; with gradients, of their inputs and weights too."""
     s = r.shape
     rows = s.keys if m.summary is None else m.summary.rows(s.keys)
     q, k = m.score.token_flops(s.head_dim)
+    sizes = Sizes(s.heads, s.kv_heads, s.head_dim, s.value_dim)
+    q += sum(p.row_flops(sizes) for p in m.parts())
     flops = s.batch * (s.heads * s.length * q + s.kv_heads * rows * k)
     if m.summary is not None:
         flops += 2 * s.batch * s.kv_heads * rows * s.keys * (s.head_dim + s.value_dim)

@@ -15,7 +15,7 @@ from saccade.cost import Cost, Request
 from saccade.errors import MechanismError, NotSupported
 from saccade.parts.base import NAMES, Causality, Part, Sizes, Stream, Weight, call_text, register, value_text
 from saccade.parts.feature import Feature, Identity
-from saccade.parts.heads import Heads
+from saccade.parts.heads import INPUT, Heads
 from saccade.parts.logits import Logits
 from saccade.parts.mask import And, Causal, Full, Or, Pairs, is_static, static_exist
 from saccade.parts.memory import Decay, Ratio
@@ -26,7 +26,7 @@ from saccade.parts.score import Dot, Score
 from saccade.parts.slots import Slots
 from saccade.parts.summary import Summary
 from saccade.parts.tiles import Tiles
-from saccade.parts.tokens import TokenMap
+from saccade.parts.tokens import On, TokenMap
 from saccade.parts.value import Value
 
 
@@ -76,6 +76,14 @@ class Mechanism:
     def kv_heads(self, heads: int) -> int:
         """Key-value heads of a layer with `heads` query heads."""
         return heads
+
+    def query_heads(self, heads: int) -> int:
+        """Query heads that a layer projects; the others share them."""
+        return heads
+
+    def source(self, on: On) -> str:
+        """What a layer makes q, k or v from; see `Heads.source`."""
+        return INPUT
 
     def on_grid(self, grid: Sequence[int]) -> Mechanism:
         """The same for tokens that are the cells of a grid, row by row: parts that ask for a grid get this one."""
@@ -208,6 +216,12 @@ class Pairwise(Mechanism):
     def kv_heads(self, heads: int) -> int:
         return heads if self.heads is None else self.heads.kv_heads(heads)
 
+    def query_heads(self, heads: int) -> int:
+        return heads if self.heads is None else self.heads.query_heads(heads)
+
+    def source(self, on: On) -> str:
+        return INPUT if self.heads is None else self.heads.source(on)
+
     def canonical(self) -> str:
         terms: list[str] = []
         for f in _FIELDS[Pairwise]:
@@ -272,6 +286,12 @@ class Recurrent(Mechanism):
 
     def kv_heads(self, heads: int) -> int:
         return heads if self.heads is None else self.heads.kv_heads(heads)
+
+    def query_heads(self, heads: int) -> int:
+        return heads if self.heads is None else self.heads.query_heads(heads)
+
+    def source(self, on: On) -> str:
+        return INPUT if self.heads is None else self.heads.source(on)
 
     def canonical(self) -> str:
         terms: list[str] = []
@@ -358,6 +378,20 @@ class Combine(Mechanism):
             raise MechanismError(f"{self.word}: its members want different key-value heads, {sorted(counts)}")
         return counts.pop()
 
+    def query_heads(self, heads: int) -> int:
+        counts = {c.query_heads(heads) for c in self.children}
+        if len(counts) > 1:
+            raise MechanismError(f"{self.word}: its members project different query heads, {sorted(counts)}")
+        return counts.pop()
+
+    def source(self, on: On) -> str:
+        names = {c.source(on) for c in self.children}
+        if len(names) > 1:
+            raise MechanismError(
+                f"{self.word}: its members take {on} from different sources, {sorted(names)}"
+            )
+        return names.pop()
+
     def canonical(self) -> str:
         return f"{self.word}({', '.join(map(str, self.children))})"
 
@@ -382,6 +416,12 @@ class ByHead(Combine):
         counts = [c.kv_heads(self.share(heads)) for c in self.children]
         if len(set(counts)) > 1:
             raise MechanismError(f"by_head: its members want different key-value heads, {counts}")
+        return sum(counts)
+
+    def query_heads(self, heads: int) -> int:
+        counts = [c.query_heads(self.share(heads)) for c in self.children]
+        if len(set(counts)) > 1:
+            raise MechanismError(f"by_head: its members project different query heads, {counts}")
         return sum(counts)
 
 

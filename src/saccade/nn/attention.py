@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from saccade.mechanism import Mechanism, Pairwise
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes, Stream
+from saccade.parts.heads import INPUT, LEARNED, SLICE
 from saccade.parts.pair import Context, map_tokens
 from saccade.parts.state import State
+from saccade.parts.tokens import On
 from saccade.plan import Attended, Weights, attend, init_state
 
 
@@ -40,6 +42,8 @@ class Attention(nn.Module):
 
     x is (B, L, dim), a context (B, S, context_dim), the answer (B, L, dim). Weights and buffers that the mechanism's
     parts declare are parameters and buffers of the layer under their own names; streams are projected from the input.
+    Where the mechanism names a source for q, k or v, the call brings it in `sources`, (B or 1, n, width), with the width
+    in `source_dims`, or dim.
 
     >>> layer = Attention(32, heads=4, mechanism="gqa(2) + rope + window(8)")
     >>> layer(torch.zeros(1, 10, 32)).shape
@@ -55,6 +59,7 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         value_dim: int | None = None,
         context_dim: int | None = None,
+        source_dims: dict[str, int] | None = None,
         bias: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -67,14 +72,29 @@ class Attention(nn.Module):
         width = head_dim or dim // heads
         self.sizes = Sizes(heads, self.mechanism.kv_heads(heads), width, value_dim or width)
         s = self.sizes
-        learned = (
-            isinstance(self.mechanism, Pairwise)
-            and self.mechanism.heads is not None
-            and self.mechanism.heads.learned_query
-        )
-        self.query_proj = None if learned else nn.Linear(dim, heads * s.head_dim, bias=bias)
-        self.key_proj = nn.Linear(context_dim or dim, s.kv_heads * s.head_dim, bias=bias)
-        self.value_proj = nn.Linear(context_dim or dim, s.kv_heads * s.value_dim, bias=bias)
+        self.source_names: dict[On, str] = {on: self.mechanism.source(on) for on in ("q", "k", "v")}
+        named = set(self.source_names.values()) - {INPUT, SLICE, LEARNED}
+        if set(source_dims or {}) - named:
+            raise ValueError(
+                f"source_dims names {', '.join(sorted(source_dims or {}))}; {self.mechanism} has the sources "
+                f"{', '.join(sorted(named)) or 'none but its input'}"
+            )
+        widths = dict.fromkeys((INPUT, SLICE), context_dim or dim)
+        widths |= dict.fromkeys(named, dim) | (source_dims or {})
+
+        def linear(on: On, heads: int, size: int, width: int) -> nn.Linear | None:
+            source = self.source_names[on]
+            if source == SLICE and heads * size != width:
+                raise ValueError(
+                    f"{on} is a slice of {width} features, which {heads} heads of {size} do not cover"
+                )
+            return None if source in (SLICE, LEARNED) else nn.Linear(width, heads * size, bias=bias)
+
+        own = widths | dict.fromkeys((INPUT, SLICE, LEARNED), dim)
+        self.query_heads = self.mechanism.query_heads(heads)
+        self.query_proj = linear("q", self.query_heads, s.head_dim, own[self.source_names["q"]])
+        self.key_proj = linear("k", s.kv_heads, s.head_dim, widths[self.source_names["k"]])
+        self.value_proj = linear("v", s.kv_heads, s.value_dim, widths[self.source_names["v"]])
         self.out_proj = nn.Linear(heads * s.value_dim, dim, bias=bias)
         declared = self.mechanism.weights(s)
         self.weight_names = tuple(declared)
@@ -92,30 +112,53 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         return f"mechanism={self.mechanism}, sizes={self.sizes}"
 
-    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, L, D), k (B, G, S, D) and v (B, G, S, E) of an input and a context."""
-        source, s = x if context is None else context, self.sizes
-        k = self.key_proj(source).unflatten(-1, (s.kv_heads, s.head_dim)).transpose(1, 2)
-        v = self.value_proj(source).unflatten(-1, (s.kv_heads, s.value_dim)).transpose(1, 2)
-        if self.query_proj is None:
+    def project(
+        self, x: Tensor, context: Tensor | None = None, sources: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, L, D), k (B, G, S, D) and v (B, G, S, E) of an input, a context and named sources."""
+        given = sources or {}
+        wanted = dict.fromkeys(n for n in self.source_names.values() if n not in (INPUT, SLICE, LEARNED))
+        if given.keys() != wanted.keys():
+            raise ValueError(
+                f"{self.mechanism} takes sources={{...}} with {', '.join(wanted) or 'nothing'}, "
+                f"got {', '.join(given) or 'none'}"
+            )
+        s, batch = self.sizes, x.shape[0]
+        other = x if context is None else context
+
+        def heads(on: On, net: nn.Linear | None, own: Tensor, count: int) -> Tensor:
+            tensor = given.get(self.source_names[on], own)
+            if tensor.dim() != 3 or tensor.shape[0] not in (1, batch):
+                raise ValueError(
+                    f"the source {self.source_names[on]} of {on} must be ({batch} or 1, tokens, width), got {tuple(tensor.shape)}"
+                )
+            made = tensor if net is None else net(tensor)
+            return made.unflatten(-1, (count, -1)).transpose(1, 2).expand(batch, -1, -1, -1)
+
+        k = heads("k", self.key_proj, other, s.kv_heads)
+        v = heads("v", self.value_proj, other, s.kv_heads)
+        if self.source_names["q"] == LEARNED:
             query = self.get_parameter("query")
-            return query[None, :, None].expand(x.shape[0], -1, -1, -1).to(k.dtype), k, v
-        return self.query_proj(x).unflatten(-1, (s.heads, s.head_dim)).transpose(1, 2), k, v
+            rows = query[:, None] if query.dim() == 2 else query
+            return rows[None].expand(batch, -1, -1, -1).to(k.dtype), k, v
+        q = heads("q", self.query_proj, x, self.query_heads)
+        return q if self.query_heads == s.heads else q.repeat_interleave(s.heads // self.query_heads, 1), k, v
 
     def forward(
         self,
         x: Tensor,
         context: Tensor | None = None,
         *,
+        sources: dict[str, Tensor] | None = None,
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
         grid: Sequence[int] | None = None,
         need: Sequence[str | Weights] = ("out",),
     ) -> Tensor | Attended:
         """The mixed features (B, L, dim); with more in `need`, a named tuple whose `out` holds them."""
-        q, k, v = self.project(x, context)
+        q, k, v = self.project(x, context, sources)
         keys = k.shape[2] if key_lengths is None else key_lengths
-        sources = {"q": x, "k": x if context is None else context}
+        sides = {"q": x, "k": x if context is None else context}
         found = attend(
             q,
             k,
@@ -126,7 +169,7 @@ class Attention(nn.Module):
             grid=grid,
             need=need,
             params=self._params(),
-            streams={n: net(sources[self.stream_sides[n]], keys) for n, net in self.streams.items()},
+            streams={n: net(sides[self.stream_sides[n]], keys) for n, net in self.streams.items()},
             buffers=self._buffers_of(),
         )
         if isinstance(found, Attended):
@@ -144,7 +187,7 @@ class Attention(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The state before the first token. Raises NotSupported for a mechanism that cannot decode step by step."""
-        s, like = self.sizes, self.key_proj.weight
+        s, like = self.sizes, self.out_proj.weight
         return init_state(
             self.mechanism,
             batch,
@@ -156,9 +199,14 @@ class Attention(nn.Module):
             device=like.device,
         )
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """New tokens x (B, n, dim), usually one, and the state before them, to their features and the state after."""
-        q, k, v = self.project(x)
+    def step(
+        self, x: Tensor, state: State, *, sources: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, State]:
+        """New tokens x (B, n, dim), usually one, and the state before them, to their features and the state after.
+
+        `sources` are those of the new tokens.
+        """
+        q, k, v = self.project(x, sources=sources)
         keys = state.length + x.shape[1]
         found = attend(
             q,
@@ -176,10 +224,15 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def refresh(
-        self, x: Tensor, key_lengths: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        key_lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        sources: dict[str, Tensor] | None = None,
     ) -> None:
         """Renew the buffers from an input (B, L, dim): move centroids, draw random features anew."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, sources=sources)
         if isinstance(self.mechanism, Pairwise):
             mapped = map_tokens(self.mechanism.tokens, Context(q, k, v, params=self._params()), x.shape[1])
             q, k = mapped.q, mapped.k

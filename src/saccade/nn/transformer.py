@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from saccade.mechanism import Mechanism, causal
 from saccade.mechanism import mechanism as parse
 from saccade.nn.attention import Attention
+from saccade.nn.positions import position_vectors
 from saccade.parts.state import State
 
 
@@ -61,27 +63,24 @@ class Stack(nn.ModuleList):
 
 
 class Embedding(nn.Module):
-    """Token vectors plus learned position vectors."""
+    """Token vectors plus position vectors: `learned` up to max_length, `sinusoidal` at any length, or `none`."""
 
-    def __init__(self, vocab: int, dim: int, max_length: int) -> None:
+    def __init__(self, vocab: int, dim: int, max_length: int, positions: str = "learned") -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab, dim), nn.Embedding(max_length, dim)
-        for table in (self.tokens, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
+        self.tokens = nn.Embedding(vocab, dim)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.positions: Any = position_vectors(positions, dim, max_length)
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        end = start + tokens.shape[1]
-        if end > self.positions.num_embeddings:
-            raise ValueError(
-                f"{end} tokens are more than max_length={self.positions.num_embeddings}; build the model with a larger one"
-            )
-        return self.tokens(tokens) + self.positions.weight[start:end]
+        x = self.tokens(tokens)
+        return x if self.positions is None else self.positions(x, start)
 
 
 class Transformer(nn.Module):
     """A decoder-only language model: tokens (B, L) to logits (B, L, vocab).
 
-    The mechanism is made causal; one without a causal form is refused. `init_state` and `step` decode token by token.
+    The mechanism is made causal; one without a causal form is refused. `positions` are vectors added to the tokens: learned
+    (up to max_length), sinusoidal or none. `init_state` and `step` decode token by token.
 
     >>> model = Transformer(vocab=16, dim=32, depth=1, heads=2, mechanism="window(4)", max_length=8)
     >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
@@ -96,10 +95,11 @@ class Transformer(nn.Module):
         heads: int = 4,
         mechanism: str | Mechanism = "causal",
         max_length: int = 512,
+        positions: str = "learned",
     ) -> None:
         super().__init__()
         self.mechanism = causal(parse(mechanism))
-        self.embedding = Embedding(vocab, dim, max_length)
+        self.embedding = Embedding(vocab, dim, max_length, positions)
         self.blocks = Stack(Block(dim, heads, self.mechanism) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
@@ -138,9 +138,10 @@ class Encoder(nn.Module):
         heads: int = 4,
         mechanism: str | Mechanism = "full",
         max_length: int = 512,
+        positions: str = "learned",
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(vocab, dim, max_length)
+        self.embedding = Embedding(vocab, dim, max_length, positions)
         self.blocks = Stack(Block(dim, heads, parse(mechanism)) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
@@ -164,11 +165,12 @@ class EncoderDecoder(nn.Module):
         mechanism: str | Mechanism = "full",
         cross: str | Mechanism = "full",
         max_length: int = 512,
+        positions: str = "learned",
     ) -> None:
         super().__init__()
         own = parse(mechanism)
-        self.encoder = Encoder(vocab, dim, depth, heads, own, max_length)
-        self.embedding = Embedding(vocab, dim, max_length)
+        self.encoder = Encoder(vocab, dim, depth, heads, own, max_length, positions)
+        self.embedding = Embedding(vocab, dim, max_length, positions)
         self.blocks = Stack(Block(dim, heads, causal(own), parse(cross)) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 

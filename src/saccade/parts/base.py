@@ -149,6 +149,10 @@ class Part:
         """Tensors that are kept beside the weights and change only by an explicit refresh."""
         return {}
 
+    def row_flops(self, sizes: Sizes) -> int:
+        """Matrix FLOPs that a query row costs a head besides its pairs."""
+        return 0
+
     def refresh(
         self,
         buffers: dict[str, Tensor],
@@ -184,6 +188,10 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
             check_argument(owner, name, one, several[0], limits)
         return
     if not simple:
+        return
+    if isinstance(value, tuple) and any(typing.get_origin(t) is tuple for t in allowed):
+        for entry in value:
+            check_argument(owner, f"each of {name}", entry, int, limits)
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = any(

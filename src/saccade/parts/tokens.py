@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,25 +31,65 @@ class TokenMap(Part):
         raise NotImplementedError
 
 
+class Turn(torch.autograd.Function):
+    """(a cos - b sin, a sin + b cos) for the halves a, b of x: two products a half, and no other buffer than the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out, half = torch.empty_like(x), x.shape[-1] // 2
+        (a, b), (u, w) = x.split(half, -1), out.split(half, -1)
+        torch.mul(a, cos, out=u).addcmul_(b, sin, value=-1)
+        torch.mul(a, sin, out=w).addcmul_(b, cos)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return Turn.apply(grads[0], cos, -sin), None, None
+
+
+class Rotary(TokenMap):
+    """Rotate the pairs (x_m, x_{m + d/2}) of a head vector by its position times the pair's rate."""
+
+    needs = frozenset({"bilinear"})
+
+    def rates(self, d: int, device: torch.device) -> Tensor:
+        """Radians a token for each pair of d channels, (d / 2,) float64."""
+        raise NotImplementedError
+
+    def stretch(self) -> float:
+        """What q and k are multiplied by besides."""
+        return 1.0
+
+    def angles(self, positions: Tensor, d: int) -> Tensor:
+        """Radians (B or 1, 1, n, d / 2), float64, at positions (B or 1, n)."""
+        return positions[:, None, :, None].double() * self.rates(d, positions.device)
+
+    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
+        d = x.shape[-1]
+        if d % 2:
+            raise NotSupported(f"{self.name} turns pairs of channels: head_dim must be even, got {d}")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angle, by = self.angles(positions, d), self.stretch()
+        return Turn.apply(x.to(wide), (by * angle.cos()).to(wide), (by * angle.sin()).to(wide)).to(x.dtype)
+
+
+def rope_rates(base: float, d: int, device: torch.device) -> Tensor:
+    """base^(-2m/d) for m < d / 2, float64."""
+    return torch.pow(base, -torch.arange(0, d, 2, device=device, dtype=torch.float64) / d)
+
+
 @dataclass(frozen=True)
-class Rope(TokenMap):
+class Rope(Rotary):
     """Rotate pairs (x_m, x_{m + d/2}) by position * base^(-2m/d) (Su et al., RoFormer, 2021)."""
 
     base: float = arg(10000.0, above=0.0)
 
     name = "rope"
-    needs = frozenset({"bilinear"})
 
-    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
-        d = x.shape[-1]
-        if d % 2:
-            raise NotSupported(f"rope turns pairs of channels: head_dim must be even, got {d}")
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rates = torch.pow(self.base, -torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
-        angle = positions[:, None, :, None].double() * rates
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-        a, b = x.to(wide).chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    def rates(self, d: int, device: torch.device) -> Tensor:
+        return rope_rates(self.base, d, device)
 
 
 @dataclass(frozen=True)

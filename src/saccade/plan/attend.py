@@ -18,7 +18,7 @@ from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
-from saccade.parts.heads import Heads
+from saccade.parts.heads import LEARNED, Heads
 from saccade.parts.pair import Context, Program, map_tokens
 from saccade.parts.select import Selection
 from saccade.parts.state import State
@@ -296,7 +296,7 @@ def _place(m: Mechanism, c: Context) -> Context:
         return c
     if c.ends is None:
         return replace(c, offset=keys - rows)
-    return replace(c, offset=0 if rows == keys else None)
+    return replace(c, offset=0 if rows == keys and m.source("q") != LEARNED else None)
 
 
 def _request(c: Context, lse: bool, decoding: bool = False) -> Request:

@@ -1,5 +1,29 @@
 """The reading list as named constructors, by family, and the catalogue that lists all of it."""
 
-from saccade.systems import aaren, catalogue, heads, linear, luong, moba, nystromformer, routing, softmax
+from saccade.systems import (
+    aaren,
+    catalogue,
+    heads,
+    linear,
+    luong,
+    mhe,
+    moba,
+    nystromformer,
+    positions,
+    routing,
+    softmax,
+)
 
-__all__ = ["aaren", "catalogue", "heads", "linear", "luong", "moba", "nystromformer", "routing", "softmax"]
+__all__ = [
+    "aaren",
+    "catalogue",
+    "heads",
+    "linear",
+    "luong",
+    "mhe",
+    "moba",
+    "nystromformer",
+    "positions",
+    "routing",
+    "softmax",
+]
