@@ -192,7 +192,7 @@ class Program:
         declared = m.streams(c.sizes) if c.streams else {}
         streams = {name: c.streams[name] for name in declared}
         sides: dict[str, Side] = {name: x.side for name, x in declared.items()}
-        for part in m.parts():
+        for part in m.makers:
             for name, (side, x) in part.extras(c).items():
                 streams[name], sides[name] = x, side
         return cls(m, c, q, k, c.v, selections, streams, sides)

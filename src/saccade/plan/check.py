@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.errors import NotSupported
 from saccade.mechanism import Mechanism, Pairwise
+from saccade.parts.base import Sizes, Stream, Weight
 from saccade.parts.heads import Heads
 from saccade.parts.pair import Context
 from saccade.parts.state import State
@@ -103,32 +106,46 @@ def check_grid(m: Mechanism, q: Tensor, k: Tensor, state: State | None, grid: Se
             )
 
 
+class Declared(NamedTuple):
+    """What a mechanism declares for some sizes; `layer` are weights that a layer uses before the call."""
+
+    weights: dict[str, Weight]
+    streams: dict[str, Stream]
+    buffers: list[str]
+    layer: set[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def declared(m: Mechanism, sizes: Sizes) -> Declared:
+    """The names and shapes that a call must bring."""
+    layer = {n for p in m.parts() if isinstance(p, Heads) for n in p.weights(sizes)}
+    return Declared(m.weights(sizes), m.streams(sizes), list(m.buffer_names()), layer)
+
+
 def check_named(m: Mechanism, c: Context) -> None:
     """Raise ValueError unless params, streams and buffers are those that the mechanism declares, in their shapes."""
-    sizes = c.sizes
-    weights = m.weights(sizes)
-    layer = {n for p in m.parts() if isinstance(p, Heads) for n in p.weights(sizes)}
+    weights, streams, buffers, layer = declared(m, c.sizes)
     checks: tuple[tuple[dict[str, Tensor], list[str], str], ...] = (
         (c.params, list(weights), "params"),
-        (c.buffers, list(m.buffer_names()), "buffers"),
-        (c.streams, list(m.streams(sizes)), "streams"),
+        (c.buffers, buffers, "buffers"),
+        (c.streams, list(streams), "streams"),
     )
-    for given, declared, what in checks:
-        missing = [n for n in declared if n not in given and n not in layer]
+    for given, known, what in checks:
+        missing = [n for n in known if n not in given and n not in layer]
         if missing:
             shapes = ", ".join(f"{n} {tuple(weights[n].shape)}" if n in weights else n for n in missing)
             raise ValueError(
                 f"{m} needs {what}={{...}} with {shapes}; saccade.nn.Attention owns them by itself"
             )
-        unknown = [n for n in given if n not in declared]
+        unknown = [n for n in given if n not in known]
         if unknown:
             raise ValueError(
-                f"{m} has no {what} called {', '.join(unknown)}; it has {', '.join(declared) or 'none'}"
+                f"{m} has no {what} called {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
             )
         for n, x in given.items():
             if x.device != c.q.device:
                 raise ValueError(f"{what}[{n!r}] is on {x.device}, q on {c.q.device}")
-    for n, stream in m.streams(sizes).items():
+    for n, stream in streams.items():
         tokens = c.q.shape[2] if stream.side == "q" else c.k.shape[2]
         wanted = stream.shape(c.q.shape[0], c.q.shape[1], tokens)
         if tuple(c.streams[n].shape) != wanted:
