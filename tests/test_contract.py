@@ -54,8 +54,12 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "neural_attention",
+    "causal + neural_attention(3)",
     "rela",
     "causal + rela",
+    "nap",
+    "causal + nap",
 ]
 
 
