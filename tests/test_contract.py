@@ -54,6 +54,8 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "comateformer",
+    "causal + comateformer",
     "neural_attention",
     "causal + neural_attention(3)",
     "rela",

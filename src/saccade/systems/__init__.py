@@ -3,6 +3,7 @@
 from saccade.systems import (
     aaren,
     catalogue,
+    comateformer,
     heads,
     linear,
     luong,
@@ -19,6 +20,7 @@ from saccade.systems import (
 __all__ = [
     "aaren",
     "catalogue",
+    "comateformer",
     "heads",
     "linear",
     "luong",
