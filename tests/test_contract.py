@@ -26,6 +26,9 @@ PLAIN = [
     "causal + window(12) + global(3)",
     "causal + window(8) + sink(4)",
     "causal + alibi",
+    "causal + softcap(2.0)",
+    "temperature(0.5)",
+    "causal + length_scale(32)",
     "causal + rope",
     "causal + rope_linear(4)",
     "rope_ntk(4)",
@@ -71,8 +74,14 @@ SYSTEMS = [
     "aaren",
     "shaw_rpr(8)",
     "causal + shaw_rpr(8)",
+    "comateformer",
+    "causal + comateformer",
+    "neural_attention",
+    "causal + neural_attention(3)",
     "rela",
     "causal + rela",
+    "nap",
+    "causal + nap",
 ]
 
 

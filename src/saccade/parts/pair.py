@@ -149,7 +149,8 @@ def without_padding(c: Context) -> Context:
 class Tile:
     """Rows against keys, as `tile` methods see them: i (b or 1, 1, Q, 1), j (1, 1, 1, K).
 
-    q and k are what the score prepared; `streams` holds declared streams and the parts' extras, those of the query
+    q and k are what the score prepared; `count` (b or 1, h or 1, Q, 1) is how many of the tile's keys each row may read,
+    where a part asks for it; `streams` holds declared streams and the parts' extras, those of the query
     side cut to the rows, those of the key side to the keys.
     """
 
@@ -162,6 +163,7 @@ class Tile:
     cols: Tensor
     streams: dict[str, Tensor]
     params: dict[str, Tensor]
+    count: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class Program:
         streams = {
             n: x[:, :, rows] if self.sides[n] == "q" else take(x, spans) for n, x in self.streams.items()
         }
-        return Tile(
+        t = Tile(
             q[:, :, rows],
             take(k, spans),
             take(v, spans),
@@ -249,19 +251,34 @@ class Program:
             streams,
             c.params,
         )
+        asked = any(part.reach == "count" for part in self.mechanism.logits)
+        return replace(t, count=self._count(t)) if asked else t
+
+    def _count(self, t: Tile) -> Tensor:
+        """How many keys of the tile each row may read; a mask of single pairs, which may split a row, does not count."""
+        found = self._by_rule(t)
+        every = t.i.new_full((1, 1, 1, 1), t.cols.numel())
+        return (
+            every if found is None else found.expand(*found.shape[:3], t.cols.numel()).sum(-1, keepdim=True)
+        )
 
     def exist(self, t: Tile) -> Tensor | None:
         """Which pairs of the tile exist, broadcastable to (b, h, Q, K), or None when all do."""
         c = self.context
-        found = self._exist(self.pairs, t)
-        if c.ends is not None:
-            kept = (t.cols < c.ends[:, None])[:, None, None]
-            found = kept if found is None else found & kept
+        found = self._by_rule(t)
         if c.mask is not None:
             mask = c.mask if c.mask.shape[-2] == 1 else c.mask[..., t.rows, :]
             mask = mask if mask.shape[-1] == 1 else mask.index_select(-1, t.cols)
             found = mask if found is None else found & mask
         return found
+
+    def _by_rule(self, t: Tile) -> Tensor | None:
+        """The pairs of the mechanism without those of padding."""
+        found, ends = self._exist(self.pairs, t), self.context.ends
+        if ends is None:
+            return found
+        kept = (t.cols < ends[:, None])[:, None, None]
+        return kept if found is None else found & kept
 
     def _exist(self, pairs: Pairs, t: Tile) -> Tensor | None:
         if isinstance(pairs, Full):
