@@ -64,6 +64,9 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "fna(3)",
+    "gna((4, 2), stride=(2, 1), dilation=(1, 3))",
+    "halonet(4, halo=2)",
     "shaw_rpr(8)",
     "causal + shaw_rpr(8)",
 ]
