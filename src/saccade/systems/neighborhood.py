@@ -54,11 +54,11 @@ def gna(
 class AxialTable(Logits):
     """s + q.(a[dy] + b[dx] + ...): a learned vector a head, axis and offset, q scaled as the score does.
 
-    Offsets beyond `reach` share the outermost vector. (Ramachandran et al., Stand-Alone Self-Attention in Vision Models,
+    Offsets beyond `span` share the outermost vector. (Ramachandran et al., Stand-Alone Self-Attention in Vision Models,
     2019.)
     """
 
-    reach: int = arg(10, at_least=1)
+    span: int = arg(10, at_least=1)
     axes: int = arg(2, at_least=1)
     grid: tuple[int, ...] | None = arg(None, at_least=1)
 
@@ -70,7 +70,7 @@ class AxialTable(Logits):
         if self.grid is not None and len(self.grid) != self.axes:
             raise MechanismError(
                 f"rel_axes: it has tables for {self.axes} axes and the grid {len(self.grid)}; "
-                f"give rel_axes({self.reach}, axes={len(self.grid)})"
+                f"give rel_axes({self.span}, axes={len(self.grid)})"
             )
 
     @property
@@ -79,11 +79,11 @@ class AxialTable(Logits):
         return self.axes
 
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
-        shape = (sizes.heads, 2 * self.reach + 1, sizes.head_dim)
+        shape = (sizes.heads, 2 * self.span + 1, sizes.head_dim)
         return {f"rel_axis_{a}": Weight(shape, std=sizes.head_dim**-0.5) for a in range(self.axes)}
 
     def row_flops(self, sizes: Sizes) -> int:
-        return 2 * self.axes * (2 * self.reach + 1) * sizes.head_dim
+        return 2 * self.axes * (2 * self.span + 1) * sizes.head_dim
 
     def tile(self, s: Tensor, t: Tile) -> Tensor:
         q, rest = t.q.to(s.dtype), math.prod(self.grid or ())
@@ -91,7 +91,7 @@ class AxialTable(Logits):
             rest //= size
             offset = t.j // rest % size - t.i // rest % size
             terms = q @ t.params[f"rel_axis_{a}"].to(s.dtype).transpose(-1, -2)
-            s = s + terms.gather(-1, (offset.clamp(-self.reach, self.reach) + self.reach).expand(s.shape))
+            s = s + terms.gather(-1, (offset.clamp(-self.span, self.span) + self.span).expand(s.shape))
         return s
 
 
