@@ -250,7 +250,7 @@ def run(program: Program, tiles: tuple[Group, ...], lse: bool) -> tuple[Tensor, 
 
 
 class GridKernel(Kernel):
-    """Neighbourhoods on grids, at a cost that follows the window; any score and any terms, gradients anywhere."""
+    """Neighbourhoods on grids, at a cost that follows the window; any score and logits, gradients anywhere."""
 
     name = "grid"
 
@@ -270,6 +270,8 @@ class GridKernel(Kernel):
             why.append("takes no mask and no padding beside the grid")
         if m.summary is not None or m.tiles is not None:
             why.append("knows neither summaries nor demanded tiles")
+        if m.value:
+            why.append(f"{m.value[0].name} mixes a term that every pair brings")
         if m.heads is not None and m.heads.learned_query:
             why.append("a learned query has its own prefix scan")
         return why
