@@ -175,7 +175,7 @@ def verify(name: Annotated[str, typer.Argument(help="A mechanism, as text.")]) -
     with user_errors():
         import saccade as sc
 
-        report = sc.testing.check(sc.mechanism(name))
+        report = sc.testing.check(sc.mechanism(name), show=False)
         print(report)
     if not report.ok:
         raise typer.Exit(1)

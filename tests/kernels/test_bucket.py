@@ -103,10 +103,13 @@ def test_what_it_refuses_it_explains() -> None:
     ):
         with pytest.raises(sc.NotSupported, match=words):
             sc.plan(text, (1, 4, 64, 16), kernel="bucket", **more)
+    with pytest.raises(sc.NotSupported, match="not buckets alone"):
+        sc.plan("moba", (1, 4, 64, 16), kernel="bucket")
     for other, words in (
-        (text + " + window(3)", "not buckets alone"),
-        (text + " + alibi", "logits part alibi"),
-        ("moba", "not buckets alone"),
+        (text + " + window(3)", r"unites with nothing: got pairs .*use mix"),
+        (text + " + alibi", "knows no logits, such as alibi"),
+        (text + " + gauss_gate", "knows no reweight, such as gauss_gate"),
+        (text + " + entmax", "knows no normalizer, such as entmax"),
     ):
-        with pytest.raises(sc.NotSupported, match=words):
-            sc.plan(other, (1, 4, 64, 16), kernel="bucket")
+        with pytest.raises(sc.MechanismError, match=words):
+            sc.mechanism(other)

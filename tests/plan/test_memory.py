@@ -17,7 +17,7 @@ CASES = [
     "window(256)",
     "gqa(2) + window(256)",
     "dilated(64, step=4)",
-    "na(7)",
+    "na(7, border=drop)",
     "alibi + causal",
     "memory_efficient_attention",
     "moba",

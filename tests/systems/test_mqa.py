@@ -84,6 +84,8 @@ def widened(mechanism: str, width: int) -> sc.nn.Transformer:
     """A character model whose feed-forward layers are `width` wide."""
     torch.manual_seed(0)
     model = sc.nn.Transformer(text.VOCAB, dim=DIM, depth=2, heads=HEADS, mechanism=mechanism, max_length=64)
+    for table in (model.embedding.tokens, model.embedding.positions):
+        nn.init.normal_(table.weight, std=0.1)
     for block in model.blocks:
         block.feed_forward = nn.Sequential(nn.Linear(DIM, width), nn.GELU(), nn.Linear(width, DIM))
     return model
@@ -98,6 +100,7 @@ def test_a_character_model_loses_at_most_two_percent() -> None:
     sizes = [sum(p.numel() for p in model.parameters()) for model in (shared, many)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.005
     for model in (shared, many):
-        train_on_text(model, corpus, steps=600, length=64, batch=16)
-    assert text_loss(shared, corpus, 64) <= 1.02 * text_loss(many, corpus, 64)
-    assert text_loss(many, corpus, 64) < 0.7 * corpus.baseline(64) * 0.6931
+        train_on_text(model, corpus, steps=800, length=64, batch=16)
+    found = [text_loss(model, corpus, 64) for model in (shared, many)]
+    assert found[0] <= 1.02 * found[1]
+    assert found[1] < 0.7 * corpus.baseline(64) * 0.6931

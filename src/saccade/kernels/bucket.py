@@ -49,8 +49,6 @@ class BucketKernel(Kernel):
             why.append("a mask of single pairs is not followed into buckets")
         if r.lse:
             why.append("a token may sit in several buckets, so there is no single lse")
-        if m.logits:
-            why.append(f"the logits part {m.logits[0].name} is not followed into buckets")
         return why
 
     def cost(self, m: Mechanism, r: Request) -> Cost:

@@ -250,7 +250,7 @@ def run(program: Program, tiles: tuple[Group, ...], lse: bool) -> tuple[Tensor, 
 
 
 class GridKernel(Kernel):
-    """Neighbourhoods on grids, at a cost that follows the window; any score and any terms, gradients anywhere."""
+    """Neighbourhoods on grids, at a cost that follows the window; any score and logits, gradients anywhere."""
 
     name = "grid"
 
@@ -270,6 +270,8 @@ class GridKernel(Kernel):
             why.append("takes no mask and no padding beside the grid")
         if m.summary is not None or m.tiles is not None:
             why.append("knows neither summaries nor demanded tiles")
+        if m.value:
+            why.append(f"{m.value[0].name} mixes a term that every pair brings")
         if m.heads is not None and m.heads.learned_query:
             why.append("a learned query has its own prefix scan")
         return why
@@ -281,26 +283,23 @@ class GridKernel(Kernel):
         area, reached, _ = (math.prod(x) for x in zip(*map(totals, m.pairs.axes, sides), strict=True))
         stacks, temporaries = s.batch * s.heads, m.score.temporaries(s.head_dim)
         flops = stacks * area * (m.score.pair_flops(s.head_dim) + 2 * s.value_dim) * (4 if r.grad else 1)
-        calls, cells, keys, logits = _largest(m.pairs, sides, stacks * (1 + temporaries), r.device)
+        calls, sizes = _sizes(m.pairs, sides, stacks * (1 + temporaries), r.device)
         q, k, v, o = r.tensor_bytes()
         per_cell = s.batch * s.heads * (s.head_dim + s.value_dim)
         per_key = s.batch * s.kv_heads * (s.head_dim + s.value_dim)
-        tokens = (cells * per_cell + keys * per_key) * r.wide
         steps = 3 + len(m.logits) + len(m.reweight) + len(m.value) + temporaries
-        work = 2 * tokens + stacks * logits * steps * r.wide
+        grown = 2 if r.grad else 1
+        work = max(
+            grown * (cells * per_cell + keys * per_key) + (steps + 2 * grown - 2) * stacks * pairs
+            for cells, keys, pairs in sizes
+        )
         traffic = (
             s.batch * (s.kv_heads * reached * (s.head_dim + s.value_dim) * r.item)
             + 4 * stacks * area * r.wide
         )
-        peak = q + o + work + (stacks * s.length * r.wide if r.lse else 0)
+        peak = q + o + work * r.wide + (stacks * s.length * r.wide if r.lse else 0)
         if r.grad:
-            peak += (
-                q
-                + (q + k + v) * r.wide // r.item
-                + tokens
-                + stacks * logits * 2 * r.wide
-                + 2 * weight_bytes(m, r)
-            )
+            peak += q + (q + k + v) * r.wide // r.item + 2 * weight_bytes(m, r)
         times = 4 if r.grad else 1
         return Cost(
             flops + preparation_flops(m, r), times * (q + k + v + o + traffic), peak, 20 * times * calls
@@ -319,10 +318,11 @@ class GridKernel(Kernel):
 
 
 @functools.lru_cache(maxsize=256)
-def _largest(
+def _sizes(
     mask: GridNeighborhood, sides: tuple[int, ...], each: int, device: str
-) -> tuple[int, int, int, int]:
-    """How many batches of tiles run, and the most cells, keys and pairs in one of them."""
+) -> tuple[int, frozenset[tuple[int, int, int]]]:
+    """How many batches of tiles run, and the cells, keys and pairs of each kind of batch."""
     parts = [p for g in groups(mask, sides, "cpu") for p in batches(g, each, device)]
-    cells, keys = max(p.cells.numel() for p in parts), max(p.keys.numel() for p in parts)
-    return len(parts), cells, keys, max(p.cells.numel() * p.keys.shape[1] for p in parts)
+    return len(parts), frozenset(
+        (p.cells.numel(), p.keys.numel(), p.cells.numel() * p.keys.shape[1]) for p in parts
+    )

@@ -17,7 +17,7 @@ from saccade.parts.base import NAMES, Causality, Part, Sizes, Stream, Weight, ca
 from saccade.parts.feature import Feature, Identity
 from saccade.parts.heads import INPUT, Heads
 from saccade.parts.logits import Logits
-from saccade.parts.mask import And, Causal, Full, Or, Pairs, is_static, static_exist
+from saccade.parts.mask import And, Causal, Full, Or, Pairs, is_static, split, static_exist
 from saccade.parts.memory import Decay, Ratio
 from saccade.parts.normalizer import Normalizer, Softmax
 from saccade.parts.output import Output
@@ -181,11 +181,39 @@ class Pairwise(Mechanism):
                 f"learned_query reads a prefix a position: it runs under `causal` alone, got pairs {self.pairs}"
             )
         _check_parts(self)
+        self._check_buckets()
         placed = [*self.logits, *(p for p in self.pairs.leaves() if p != Full())]
         if self.summary is not None and placed:
             raise MechanismError(
                 f"{placed[0]} asks where a key stands, and {self.summary.name} mixes keys of all positions; leave one of them out"
             )
+
+    def _check_buckets(self) -> None:
+        """Raise MechanismError where buckets meet what does not reach into them."""
+        inside = [p for p in self.pairs.leaves() if p.reach == "bucket"]
+        if not inside:
+            return
+        form = split(self.pairs)
+        if form is None or form[1] is not None or len(form[2]) > 1:
+            raise MechanismError(
+                f"{inside[0]} stands alone or under limits such as causal, and unites with nothing: got pairs {self.pairs}; "
+                "use mix(...) or by_head(...)"
+            )
+        odd = () if "exp" in self.normalizer.gives else (self.normalizer,)
+        more: tuple[Part | None, ...] = (
+            self.summary,
+            self.slots,
+            *self.logits,
+            *odd,
+            *self.reweight,
+            *self.value,
+        )
+        for part in more:
+            if part is not None:
+                raise MechanismError(
+                    f"{inside[0]} runs softmax over a score inside its buckets and knows no {part.kind}, such as {part}; "
+                    "leave one of them out"
+                )
 
     def __hash__(self) -> int:
         return self._hash
@@ -207,6 +235,11 @@ class Pairwise(Mechanism):
     @property
     def causal(self) -> bool:
         return self.pairs.looks_back
+
+    @cached_property
+    def makers(self) -> tuple[Part, ...]:
+        """The parts that derive something from each token of a call."""
+        return tuple(p for p in self.parts() if type(p).extras is not Part.extras)
 
     @property
     def static(self) -> bool:

@@ -76,7 +76,9 @@ class ReferenceKernel(Kernel):
 def _has_lse(m: Mechanism) -> bool:
     if isinstance(m, Recurrent):
         return isinstance(m.ratio, RowRatio)
-    return isinstance(m, Pairwise) and not any(p.reach == "bucket" for p in m.parts())
+    return (
+        isinstance(m, Pairwise) and m.normalizer.has_lse and not any(p.reach == "bucket" for p in m.parts())
+    )
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -154,6 +156,8 @@ class Plan:
         """True when the chosen kernel can answer the log-denominator."""
         if self.members:
             return all(p.lse for p in self.members) if self.heads else isinstance(self.mechanism, Join)
+        if isinstance(self.mechanism, Pairwise | Recurrent) and self.mechanism.output:
+            return False
         return not self.chosen.kernel.reasons(self.core or self.mechanism, replace(self.request, lse=True))
 
     @property
@@ -304,6 +308,11 @@ def make(m: Mechanism, r: Request, kernel: str | None = None) -> Plan:
         what = "a mask of single pairs" if r.masked else "decoding step by step"
         raise NotSupported(
             f"{m}: {what} has no meaning once keys are summarised; use key_lengths for padding, or {m.summary.relative}"
+        )
+    if r.lse and isinstance(m, Pairwise | Recurrent) and m.output:
+        raise NotSupported(
+            f"{m}: {m.output[0]} changes the output after the mix, so (out, lse) would not merge; ask for the lse of "
+            f"{core(m)}"
         )
     if isinstance(m, Pairwise) and m.pairs.by_head:
         return _per_head(m, r, kernel)
