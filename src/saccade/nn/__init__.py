@@ -7,8 +7,10 @@ from saccade.nn.gaussian import GaussianGate
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
+from saccade.nn.super_attention import SuperAttention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 
 __all__ = [
@@ -19,18 +21,21 @@ __all__ = [
     "SAB",
     "Attention",
     "ChannelGate",
+    "DualAttention",
     "Encoder",
     "EncoderDecoder",
     "GaussianGate",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
+    "RelationalAttention",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
     "SetTransformer",
     "SinusoidalPositions",
     "SpatialGate",
+    "SuperAttention",
     "Transformer",
     "UpDownMask",
     "convert",
