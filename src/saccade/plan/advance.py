@@ -161,7 +161,7 @@ def _advance_cache(
     mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
     start, horizon = state.start, m.pairs.horizon if m.static else None
     grad = request(c, lse).grad
-    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=c.v)
+    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=mapped.v)
     if grad:
         after = replace(after, room={})
     keys, values = after.tensors["k"], after.tensors["v"]

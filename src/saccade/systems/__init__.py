@@ -2,6 +2,7 @@
 
 from saccade.systems import (
     aaren,
+    afa,
     catalogue,
     comateformer,
     heads,
@@ -23,6 +24,7 @@ from saccade.systems import (
 
 __all__ = [
     "aaren",
+    "afa",
     "catalogue",
     "comateformer",
     "heads",
