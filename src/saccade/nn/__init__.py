@@ -3,6 +3,8 @@
 from saccade.nn.attention import Attention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
+from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
+from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
@@ -11,13 +13,17 @@ __all__ = [
     "CBAM",
     "ISAB",
     "MAB",
+    "MPNN",
     "PMA",
     "SAB",
     "Attention",
     "ChannelGate",
     "Encoder",
     "EncoderDecoder",
+    "GINAdapter",
+    "GINAttention",
     "GaussianGate",
+    "LinearVirtualNode",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
@@ -25,4 +31,6 @@ __all__ = [
     "SpatialGate",
     "Transformer",
     "UpDownMask",
+    "VirtualNodeLayer",
+    "add_gin_adapters",
 ]
