@@ -4,6 +4,8 @@ from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
+from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
+from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
@@ -13,14 +15,18 @@ __all__ = [
     "CBAM",
     "ISAB",
     "MAB",
+    "MPNN",
     "PMA",
     "SAB",
     "Attention",
     "ChannelGate",
     "Encoder",
     "EncoderDecoder",
+    "GINAdapter",
+    "GINAttention",
     "GaussianGate",
     "LearnedPositions",
+    "LinearVirtualNode",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
@@ -29,5 +35,7 @@ __all__ = [
     "SpatialGate",
     "Transformer",
     "UpDownMask",
+    "VirtualNodeLayer",
+    "add_gin_adapters",
     "convert",
 ]
