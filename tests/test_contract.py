@@ -59,6 +59,7 @@ SYSTEMS = [
     "aaren",
     "comateformer",
     "causal + comateformer",
+    "adaptive_attention",
     "neural_attention",
     "causal + neural_attention(3)",
     "rela",

@@ -191,8 +191,8 @@ class Program:
             k, v = m.summary.reduce(c.k, c.v, c.valid, c.params)
             c = replace(c, k=k, v=v, ends=None, offset=c.offset or 0)
         q, k = m.score.prepare(c)
-        streams = dict(c.streams)
-        sides: dict[str, Side] = {name: x.side for name, x in m.streams(c.sizes).items()} if streams else {}
+        sides: dict[str, Side] = {name: x.side for name, x in m.streams(c.sizes).items()} if c.streams else {}
+        streams = {name: c.streams[name] for name in sides}
         for part in m.parts():
             for name, (side, x) in part.extras(c).items():
                 streams[name], sides[name] = x, side

@@ -13,6 +13,7 @@ from saccade.systems import (
     nystromformer,
     rela,
     routing,
+    sentinel,
     softmax,
     sparse,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "nystromformer",
     "rela",
     "routing",
+    "sentinel",
     "softmax",
     "sparse",
 ]
