@@ -82,6 +82,7 @@ SYSTEMS = [
     "causal + shaw_rpr(8)",
     "comateformer",
     "causal + comateformer",
+    "adaptive_attention",
     "neural_attention",
     "causal + neural_attention(3)",
     "rela",

@@ -95,6 +95,7 @@ class Additive(Score):
     hidden: int = arg(32, at_least=1)
 
     name = "additive"
+    gives = frozenset({"additive"})
     breaks = frozenset({"bilinear"})
 
     def weights(self, sizes: Sizes) -> dict[str, Weight]:

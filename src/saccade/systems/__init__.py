@@ -16,6 +16,7 @@ from saccade.systems import (
     positions,
     rela,
     routing,
+    sentinel,
     softmax,
     sparse,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "positions",
     "rela",
     "routing",
+    "sentinel",
     "softmax",
     "sparse",
 ]
