@@ -56,6 +56,10 @@ SYSTEMS = [
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
     "aaren",
+    "causal + bam",
+    "bam(location=true)",
+    "cope_contextual(6)",
+    "nope_head_scale",
     "shaw_rpr(8)",
     "causal + shaw_rpr(8)",
 ]

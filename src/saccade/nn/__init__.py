@@ -1,6 +1,7 @@
 """Layers made from mechanisms."""
 
 from saccade.nn.attention import Attention
+from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 
@@ -11,4 +12,7 @@ __all__ = [
     "LearnedPositions",
     "SinusoidalPositions",
     "Transformer",
+    "choose_head_scale",
+    "head_scales",
+    "tune_head_scales",
 ]

@@ -2,11 +2,13 @@
 
 from saccade.systems import (
     aaren,
+    bam,
     catalogue,
     heads,
     linear,
     luong,
     moba,
+    nope_head_scale,
     nystromformer,
     positions,
     routing,
@@ -15,11 +17,13 @@ from saccade.systems import (
 
 __all__ = [
     "aaren",
+    "bam",
     "catalogue",
     "heads",
     "linear",
     "luong",
     "moba",
+    "nope_head_scale",
     "nystromformer",
     "positions",
     "routing",
