@@ -6,6 +6,7 @@ from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
 from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
+from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
@@ -37,5 +38,8 @@ __all__ = [
     "UpDownMask",
     "VirtualNodeLayer",
     "add_gin_adapters",
+    "choose_head_scale",
     "convert",
+    "head_scales",
+    "tune_head_scales",
 ]

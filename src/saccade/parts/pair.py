@@ -217,6 +217,8 @@ class Program:
         if c.offset is None:
             return [(0, self.keys)]
         found = cover(self.pairs, r0 + c.offset, r1 + c.offset, c.start + self.keys)
+        if found and self.mechanism.sweeps:
+            found = [(found[0][0], found[-1][1])]
         return [(max(0, lo - c.start), hi - c.start) for lo, hi in found if hi > c.start]
 
     def columns(self, spans: list[Span]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from saccade.systems import (
     aaren,
+    bam,
     catalogue,
     comateformer,
     heads,
@@ -12,6 +13,7 @@ from saccade.systems import (
     nap,
     neighborhood,
     neural_attention,
+    nope_head_scale,
     nystromformer,
     positions,
     rela,
@@ -23,6 +25,7 @@ from saccade.systems import (
 
 __all__ = [
     "aaren",
+    "bam",
     "catalogue",
     "comateformer",
     "heads",
@@ -33,6 +36,7 @@ __all__ = [
     "nap",
     "neighborhood",
     "neural_attention",
+    "nope_head_scale",
     "nystromformer",
     "positions",
     "rela",
