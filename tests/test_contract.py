@@ -61,6 +61,7 @@ SYSTEMS = [
     "causal + memory_efficient_attention(32, key_chunk=48)",
     "causal + mhe",
     "mhe(mode=add)",
+    "causal + moh(top=1, shared=2)",
     "luong_attention(score=dot)",
     "luong_attention(score=general, local=monotonic)",
     "luong_attention(score=concat)",

@@ -264,7 +264,7 @@ def test_need_decides_what_comes_back() -> None:
     assert found.weights is found.state is found.selection is None
     torch.testing.assert_close(sc.attend(q, q, q, "causal", need="lse").lse, found.lse)
     with pytest.raises(
-        ValueError, match="need may name out, lse, weights, mass, state, selection; got entropy"
+        ValueError, match="need may name out, lse, weights, mass, state, selection, losses; got entropy"
     ):
         sc.attend(q, q, q, "causal", need=("out", "entropy"))
 

@@ -7,6 +7,8 @@ from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
 from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
+from saccade.nn.labels import LabelAttention
+from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
@@ -26,7 +28,9 @@ __all__ = [
     "GINAdapter",
     "GINAttention",
     "GaussianGate",
+    "LabelAttention",
     "LearnedPositions",
+    "LexiconAttention",
     "LinearVirtualNode",
     "ResidualAttention",
     "ResidualAttentionNetwork",

@@ -16,14 +16,16 @@ from saccade.parts.state import State
 from saccade.parts.tokens import On
 from saccade.plan import Attended, Weights, attend, init_state
 
+KeysValues = tuple[Tensor, Tensor]
+
 
 class StreamNet(nn.Module):
     """What every token and head carries, from the layer's input, as a stream declares it."""
 
     def __init__(self, dim: int, heads: int, stream: Stream) -> None:
         super().__init__()
-        self.heads, self.stream = heads, stream
-        numbers, hidden = heads * (stream.width or 1), heads * stream.hidden
+        self.heads, self.stream = heads if stream.per_head else 1, stream
+        numbers, hidden = self.heads * (stream.width or 1), self.heads * stream.hidden
         self.net: nn.Module = nn.Linear(hidden or dim, numbers)
         if hidden:
             self.net = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), self.net)
@@ -43,7 +45,8 @@ class Attention(nn.Module):
     x is (B, L, dim), a context (B, S, context_dim), the answer (B, L, dim). Weights and buffers that the mechanism's
     parts declare are parameters and buffers of the layer under their own names; streams are projected from the input.
     Where the mechanism names a source for q, k or v, the call brings it in `sources`, (B or 1, n, width), with the width
-    in `source_dims`, or dim.
+    in `source_dims`, or dim. A layer that borrows makes no keys and values: each call brings those of another layer's
+    `keys_values` as `kv`.
 
     >>> layer = Attention(32, heads=4, mechanism="gqa(2) + rope + window(8)")
     >>> layer(torch.zeros(1, 10, 32)).shape
@@ -60,6 +63,7 @@ class Attention(nn.Module):
         value_dim: int | None = None,
         context_dim: int | None = None,
         source_dims: dict[str, int] | None = None,
+        borrows: bool = False,
         bias: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -88,9 +92,11 @@ class Attention(nn.Module):
                 raise ValueError(
                     f"{on} is a slice of {width} features, which {heads} heads of {size} do not cover"
                 )
-            return None if source in (SLICE, LEARNED) else nn.Linear(width, heads * size, bias=bias)
+            made_elsewhere = source in (SLICE, LEARNED) or (borrows and on != "q")
+            return None if made_elsewhere else nn.Linear(width, heads * size, bias=bias)
 
         own = widths | dict.fromkeys((INPUT, SLICE, LEARNED), dim)
+        self.borrows = borrows
         self.query_heads = self.mechanism.query_heads(heads)
         self.query_proj = linear("q", self.query_heads, s.head_dim, own[self.source_names["q"]])
         self.key_proj = linear("k", s.kv_heads, s.head_dim, widths[self.source_names["k"]])
@@ -113,36 +119,62 @@ class Attention(nn.Module):
         return f"mechanism={self.mechanism}, sizes={self.sizes}"
 
     def project(
-        self, x: Tensor, context: Tensor | None = None, sources: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        sources: dict[str, Tensor] | None = None,
+        kv: KeysValues | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, L, D), k (B, G, S, D) and v (B, G, S, E) of an input, a context and named sources."""
-        given = sources or {}
-        wanted = dict.fromkeys(n for n in self.source_names.values() if n not in (INPUT, SLICE, LEARNED))
+        """q (B, H, L, D), k (B, G, S, D) and v (B, G, S, E) of an input, a context and named sources; k and v may be given."""
+        self._check_sources(sources or {}, ("q",) if kv is not None else ("q", "k", "v"))
+        k, v = self._keys_values(x, context, sources or {}) if kv is None else kv
+        s = self.sizes
+        if self.source_names["q"] == LEARNED:
+            query = self.get_parameter("query")
+            rows = query[:, None] if query.dim() == 2 else query
+            return rows[None].expand(x.shape[0], -1, -1, -1).to(k.dtype), k, v
+        q = self._heads("q", self.query_proj, x, x.shape[0], self.query_heads, sources or {})
+        return q if self.query_heads == s.heads else q.repeat_interleave(s.heads // self.query_heads, 1), k, v
+
+    def keys_values(
+        self, x: Tensor, context: Tensor | None = None, sources: dict[str, Tensor] | None = None
+    ) -> KeysValues:
+        """k (B, G, S, D) and v (B, G, S, E) of an input, for this layer and for those that borrow them."""
+        self._check_sources(sources or {}, ("k", "v"))
+        return self._keys_values(x, context, sources or {})
+
+    def _keys_values(self, x: Tensor, context: Tensor | None, sources: dict[str, Tensor]) -> KeysValues:
+        if self.borrows:
+            raise ValueError(
+                "this layer borrows its keys and values: call it with kv=owner.keys_values(...) of the layer that has them"
+            )
+        own, count = x if context is None else context, self.sizes.kv_heads
+        return (
+            self._heads("k", self.key_proj, own, x.shape[0], count, sources),
+            self._heads("v", self.value_proj, own, x.shape[0], count, sources),
+        )
+
+    def _heads(
+        self, on: On, net: nn.Linear | None, own: Tensor, batch: int, count: int, sources: dict[str, Tensor]
+    ) -> Tensor:
+        """`count` heads (batch, count, n, size) of the source of q, k or v."""
+        tensor = sources.get(self.source_names[on], own)
+        if tensor.dim() != 3 or tensor.shape[0] not in (1, batch):
+            raise ValueError(
+                f"the source {self.source_names[on]} of {on} must be ({batch} or 1, tokens, width), got {tuple(tensor.shape)}"
+            )
+        made = tensor if net is None else net(tensor)
+        return made.unflatten(-1, (count, -1)).transpose(1, 2).expand(batch, -1, -1, -1)
+
+    def _check_sources(self, given: dict[str, Tensor], sides: tuple[On, ...]) -> None:
+        wanted = dict.fromkeys(
+            name for on in sides if (name := self.source_names[on]) not in (INPUT, SLICE, LEARNED)
+        )
         if given.keys() != wanted.keys():
             raise ValueError(
                 f"{self.mechanism} takes sources={{...}} with {', '.join(wanted) or 'nothing'}, "
                 f"got {', '.join(given) or 'none'}"
             )
-        s, batch = self.sizes, x.shape[0]
-        other = x if context is None else context
-
-        def heads(on: On, net: nn.Linear | None, own: Tensor, count: int) -> Tensor:
-            tensor = given.get(self.source_names[on], own)
-            if tensor.dim() != 3 or tensor.shape[0] not in (1, batch):
-                raise ValueError(
-                    f"the source {self.source_names[on]} of {on} must be ({batch} or 1, tokens, width), got {tuple(tensor.shape)}"
-                )
-            made = tensor if net is None else net(tensor)
-            return made.unflatten(-1, (count, -1)).transpose(1, 2).expand(batch, -1, -1, -1)
-
-        k = heads("k", self.key_proj, other, s.kv_heads)
-        v = heads("v", self.value_proj, other, s.kv_heads)
-        if self.source_names["q"] == LEARNED:
-            query = self.get_parameter("query")
-            rows = query[:, None] if query.dim() == 2 else query
-            return rows[None].expand(batch, -1, -1, -1).to(k.dtype), k, v
-        q = heads("q", self.query_proj, x, self.query_heads)
-        return q if self.query_heads == s.heads else q.repeat_interleave(s.heads // self.query_heads, 1), k, v
 
     def forward(
         self,
@@ -150,13 +182,14 @@ class Attention(nn.Module):
         context: Tensor | None = None,
         *,
         sources: dict[str, Tensor] | None = None,
+        kv: KeysValues | None = None,
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
         grid: Sequence[int] | None = None,
         need: Sequence[str | Weights] = ("out",),
     ) -> Tensor | Attended:
         """The mixed features (B, L, dim); with more in `need`, a named tuple whose `out` holds them."""
-        q, k, v = self.project(x, context, sources)
+        q, k, v = self.project(x, context, sources, kv)
         keys = k.shape[2] if key_lengths is None else key_lengths
         sides = {"q": x, "k": x if context is None else context}
         found = attend(
@@ -200,13 +233,18 @@ class Attention(nn.Module):
         )
 
     def step(
-        self, x: Tensor, state: State, *, sources: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        state: State,
+        *,
+        sources: dict[str, Tensor] | None = None,
+        kv: KeysValues | None = None,
     ) -> tuple[Tensor, State]:
         """New tokens x (B, n, dim), usually one, and the state before them, to their features and the state after.
 
-        `sources` are those of the new tokens.
+        `sources` and `kv` are those of the new tokens.
         """
-        q, k, v = self.project(x, sources=sources)
+        q, k, v = self.project(x, sources=sources, kv=kv)
         keys = state.length + x.shape[1]
         found = attend(
             q,

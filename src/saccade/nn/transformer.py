@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saccade.mechanism import Mechanism, causal
 from saccade.mechanism import mechanism as parse
-from saccade.nn.attention import Attention
+from saccade.nn.attention import Attention, KeysValues
 from saccade.nn.positions import position_vectors
 from saccade.parts.state import State
 
@@ -25,10 +25,17 @@ class FeedForward(nn.Sequential):
 class Block(nn.Module):
     """x + attention(norm x), with cross-attention between when asked, then x + feed-forward(norm x)."""
 
-    def __init__(self, dim: int, heads: int, mechanism: Mechanism, cross: Mechanism | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mechanism: Mechanism,
+        cross: Mechanism | None = None,
+        borrows: bool = False,
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads, mechanism)
+        self.attention = Attention(dim, heads, mechanism, borrows=borrows)
         self.cross_norm = nn.LayerNorm(dim) if cross is not None else None
         self.cross = Attention(dim, heads, cross) if cross is not None else None
         self.feed_forward = FeedForward(dim)
@@ -39,14 +46,30 @@ class Block(nn.Module):
         lengths: Tensor | None = None,
         memory: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        kv: KeysValues | None = None,
+        losses: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.norm1(x), key_lengths=lengths)
-        return self._rest(x, memory, memory_lengths)
+        need = ("out",) if losses is None else ("out", "losses")
+        found = self.attention(self.norm1(x), key_lengths=lengths, kv=kv, need=need)
+        if losses is None:
+            return self._rest(x + found, memory, memory_lengths)
+        for name, loss in found.losses.items():
+            losses[name] = losses[name] + loss if name in losses else loss
+        return self._rest(x + found.out, memory, memory_lengths)
+
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """What this block's attention makes of x, for the blocks that borrow it."""
+        return self.attention.keys_values(self.norm1(x))
 
     def step(
-        self, x: Tensor, state: State, memory: Tensor | None = None, memory_lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State,
+        memory: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        kv: KeysValues | None = None,
     ) -> tuple[Tensor, State]:
-        mixed, state = self.attention.step(self.norm1(x), state)
+        mixed, state = self.attention.step(self.norm1(x), state, kv=kv)
         return self._rest(x + mixed, memory, memory_lengths), state
 
     def _rest(self, x: Tensor, memory: Tensor | None, memory_lengths: Tensor | None) -> Tensor:
@@ -82,6 +105,10 @@ class Transformer(nn.Module):
     The mechanism is made causal; one without a causal form is refused. `positions` are vectors added to the tokens: learned
     (up to max_length), sinusoidal or none. `init_state` and `step` decode token by token.
 
+    With `share` above 1 only every `share`-th block, the first included, makes keys and values and keeps a state; the blocks
+    after it read the same ones with their own queries (Brandon et al., Reducing Transformer Key-Value Cache Size with
+    Cross-Layer Attention, 2024).
+
     >>> model = Transformer(vocab=16, dim=32, depth=1, heads=2, mechanism="window(4)", max_length=8)
     >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
     torch.Size([1, 8, 16])
@@ -96,34 +123,61 @@ class Transformer(nn.Module):
         mechanism: str | Mechanism = "causal",
         max_length: int = 512,
         positions: str = "learned",
+        share: int = 1,
     ) -> None:
         super().__init__()
+        if share < 1:
+            raise ValueError(
+                f"share is the number of blocks that read one block's keys, at least 1, got {share}"
+            )
+        self.share = share
         self.mechanism = causal(parse(mechanism))
         self.embedding = Embedding(vocab, dim, max_length, positions)
-        self.blocks = Stack(Block(dim, heads, self.mechanism) for _ in range(depth))
+        self.blocks = Stack(Block(dim, heads, self.mechanism, borrows=n % share > 0) for n in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.norm(x) @ self.embedding.tokens.weight.T
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits of the next token at every position; later positions than `lengths` (B,) are padding."""
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None = None, losses: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Logits of the next token at every position; later positions than `lengths` (B,) are padding.
+
+        What the mechanism's parts ask training to add is added to `losses` by its name, summed over the blocks.
+        """
         x = self.embedding(tokens)
+        kv = None
         for block in self.blocks:
-            x = block(x, lengths)
+            kv = self._keys_values(block, x, kv)
+            x = block(x, lengths, kv=kv, losses=losses)
         return self._logits(x)
 
+    def _keys_values(self, block: Block, x: Tensor, kv: KeysValues | None) -> KeysValues | None:
+        """The keys and values that a block reads: its owner's, or None where nothing is shared."""
+        if self.share == 1 or block.attention.borrows:
+            return kv
+        return block.keys_values(x)
+
     def init_state(self, batch: int) -> list[State]:
-        """One state a block, before the first token."""
-        return [block.attention.init_state(batch) for block in self.blocks]
+        """One state a block that makes keys and values, before the first token."""
+        return [block.attention.init_state(batch) for block in self.blocks if not block.attention.borrows]
 
     def step(self, tokens: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Logits of new tokens (B, n) after the tokens that the states have seen, and the states after them."""
+        owners = sum(not block.attention.borrows for block in self.blocks)
+        if len(states) != owners:
+            raise ValueError(
+                f"{owners} blocks keep a state, got {len(states)} states; start from init_state(...)"
+            )
         x = self.embedding(tokens, states[0].length)
-        after = []
-        for block, state in zip(self.blocks, states, strict=True):
-            x, state = block.step(x, state)
-            after.append(state)
+        after: list[State] = []
+        kv = None
+        for n, block in enumerate(self.blocks):
+            kv = self._keys_values(block, x, kv)
+            x, state = block.step(x, states[n // self.share], kv=kv)
+            if not block.attention.borrows:
+                after.append(state)
         return self._logits(x), after
 
 

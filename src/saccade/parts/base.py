@@ -73,18 +73,21 @@ class Weight:
 class Stream:
     """What tokens carry for every head besides q, k and v: on which side, and how a layer makes it from its input.
 
-    One number, (B, H, n), or `width` numbers, (B, H, n, width). A layer projects its input, through `hidden` tanh units
-    a head when given; a stream of `positions` is then squashed to 0..S, the number of keys.
+    One number, (B, H, n), or `width` numbers, (B, H, n, width); one head, (B, 1, n), where it is not `per_head`. A layer
+    projects its input, through `hidden` tanh units a head when given; a stream of `positions` is then squashed to 0..S, the
+    number of keys.
     """
 
     side: Side
     width: int | None = None
     hidden: int = 0
     positions: bool = False
+    per_head: bool = True
 
     def shape(self, batch: int, heads: int, tokens: int) -> tuple[int, ...]:
         """The shape of the stream for so many tokens of its side."""
-        return (batch, heads, tokens) if self.width is None else (batch, heads, tokens, self.width)
+        own = (batch, heads if self.per_head else 1, tokens)
+        return own if self.width is None else (*own, self.width)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,10 @@ class Part:
 
     def extras(self, c: Context) -> dict[str, tuple[Side, Tensor]]:
         """What the part derives from each token once a call, for its tiles: name to side and (B, heads, n, ...)."""
+        return {}
+
+    def losses(self, c: Context) -> dict[str, Tensor]:
+        """Scalars that training should add to its objective, by name; `c` holds q, k and v before the token maps."""
         return {}
 
     def buffers(self, sizes: Sizes, generator: torch.Generator | None) -> dict[str, Tensor]:

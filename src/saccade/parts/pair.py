@@ -107,7 +107,7 @@ def take_heads(c: Context, weights: Callable[[Sizes], dict[str, Weight]], heads:
         params={
             n: x if n in whole and whole[n].shape == cut[n].shape else of(x, 0) for n, x in c.params.items()
         },
-        streams={n: pick(x, heads, 1) for n, x in c.streams.items()},
+        streams={n: pick(x, heads, 1) if x.shape[1] == total else x for n, x in c.streams.items()},
         buffers={n: of(x, 0) if x.shape[0] in (total, groups) else x for n, x in c.buffers.items()},
     )
 

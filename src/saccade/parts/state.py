@@ -20,10 +20,14 @@ class Arena:
         self.filled = n
 
     def append(self, old: Tensor, new: Tensor) -> Tensor | None:
-        """`old` followed by `new` in place, or None when `old` is not the newest prefix or the room is full."""
+        """`old` followed by `new` in place, or None when the room is full or `old` has grown by something else."""
         n, more = old.shape[2], new.shape[2]
-        if n != self.filled or n + more > self.room.shape[2]:
+        if n + more > self.room.shape[2]:
             return None
+        if n < self.filled:
+            held = self.room[:, :, n : n + more]
+            same = n + more <= self.filled and held.dtype == new.dtype and torch.equal(held, new)
+            return self.room[:, :, : n + more] if same else None
         self.room[:, :, n : n + more] = new
         self.filled = n + more
         return self.room[:, :, : n + more]
@@ -45,7 +49,7 @@ class State:
 
     def appended(self, **new: Tensor) -> State:
         """The state after new tokens (b, g, n, d) for each tensor: in place while no gradient is needed and no other
-        state has grown from this one, a copy otherwise."""
+        state has grown from this one by other tokens, a copy otherwise."""
         tensors, room = {}, {}
         for name, x in new.items():
             old = self.tensors[name]

@@ -21,7 +21,7 @@ from saccade.plan.choose import combine, make
 from saccade.plan.place import empty_answer, place, request
 from saccade.reference import by_head
 
-WORDS = ("out", "lse", "weights", "mass", "state", "selection")
+WORDS = ("out", "lse", "weights", "mass", "state", "selection", "losses")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Attended(NamedTuple):
     """What `attend` answers when more than the output is asked for; what was not asked for is None.
 
     out (B, H, L, E); lse (B, H, L), float32 or wider; weights (B, heads, rows, S); mass (B, H, S), the weight that each key
-    receives, summed over queries; state for the next call; selection, a value to replay.
+    receives, summed over queries; state for the next call; selection, a value to replay; losses, scalars by name that the
+    mechanism's parts ask training to add to its objective.
     """
 
     out: Tensor
@@ -45,6 +46,7 @@ class Attended(NamedTuple):
     mass: Tensor | None = None
     state: State | None = None
     selection: Selection | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 @overload
@@ -109,8 +111,8 @@ def attend(
         otherwise the L queries are the last L of each sample's keys.
     state: what an earlier call returned; k and v then hold the new tokens only.
     grid: sizes of the axes where tokens are the cells of an image or a volume, row by row, for parts that ask for it.
-    need: any of out, lse, weights (or saccade.Weights(heads, rows)), mass, state, selection. The output alone is a tensor,
-        more is a named tuple.
+    need: any of out, lse, weights (or saccade.Weights(heads, rows)), mass, state, selection, losses. The output alone is a
+        tensor, more is a named tuple.
     params, streams, buffers: tensors that the mechanism's parts declare, by name (`mechanism.weights(sizes)`...).
     selection: replay the choice of an earlier call instead of choosing anew.
     kernel: demand a kernel by name; otherwise the plan chooses.
@@ -137,9 +139,9 @@ def attend(
         after = None
     if words == {"out"}:
         return out
-    if words & {"weights", "mass", "selection"} and state is not None:
+    if words & {"weights", "mass", "selection", "losses"} and state is not None:
         raise NotSupported(
-            "weights, mass and selection are answered for a whole call, not for a step on a state"
+            "weights, mass, selection and losses are answered for a whole call, not for a step on a state"
         )
     bound = place(m, c)
     return Attended(
@@ -149,7 +151,22 @@ def attend(
         inspect.mass(m, bound) if "mass" in words else None,
         after if "state" in words else None,
         inspect.selection(m, bound) if "selection" in words else None,
+        _losses(m, bound) if "losses" in words else None,
     )
+
+
+def _losses(m: Mechanism, c: Context) -> dict[str, Tensor]:
+    """What the parts ask training to add, those of one name summed."""
+    if isinstance(m, Combine):
+        shares = by_head(m, c) if isinstance(m, ByHead) else [c] * len(m.children)
+        each = [_losses(child, share) for child, share in zip(m.children, shares, strict=True)]
+    else:
+        each = [part.losses(c) for part in m.parts()]
+    found: dict[str, Tensor] = {}
+    for losses in each:
+        for name, loss in losses.items():
+            found[name] = found[name] + loss if name in found else loss
+    return found
 
 
 def _needs(need: Sequence[str | Weights]) -> tuple[set[str], Weights]:
