@@ -29,6 +29,7 @@ types: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/pairwise.py
 
 clean:
 	rm -rf $(VENV) demo

@@ -13,7 +13,8 @@ import saccade as sc
 from saccade.mechanism import combine
 from saccade.parts.base import PARTS, Sizes
 
-B, H, L, D, E = 2, 4, 24, 8, 4
+B, H, L, D, E = 2, 4, 64, 8, 4
+GRID = (8, 8)
 DRAWS, BATCHES = 480, 8
 SEVERAL = {
     "pairs": (1, 2, 3),
@@ -98,7 +99,7 @@ def test_random_sums_equal_their_definition_or_are_refused(batch: int) -> None:
         lengths = torch.tensor([L, L - 7]) if n % 3 == 0 else None
         why = ""
         try:
-            m = sc.mechanism(text)
+            m = sc.mechanism(text).on_grid(GRID)
             qkv, named = inputs(m, n)
             got = sc.attend(*qkv, m, key_lengths=lengths, **named)
         except (sc.MechanismError, sc.NotSupported) as error:

@@ -92,6 +92,9 @@ def test_every_name_stands_in_some_text() -> None:
         "strided": "2",
         "chunk": "4",
         "kv_heads": "2",
+        "rope_linear": "2",
+        "rope_ntk": "2",
+        "rope_yarn": "2",
     }
     inside = {"by_head", "mix", "join", "mean_key"}
     for name, maker in names().items():

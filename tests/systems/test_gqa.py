@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import saccade as sc
-from saccade.systems.heads import convert, pool_heads
+from saccade.nn.convert import pool_heads, pool_state
 from saccade.tasks import text
 from systems.helpers import dense, qkv, stepwise, text_loss, train_on_text
 
@@ -77,9 +77,27 @@ def test_conversion_of_equal_heads_changes_nothing() -> None:
         for projection in (block.attention.key_proj, block.attention.value_proj):
             heads = projection.weight.data.view(2, 4, 4, 32)
             heads.copy_(heads[:, :1].clone().expand_as(heads))
-    small.load_state_dict(convert(model.state_dict(), HEADS, 2))
+    small.load_state_dict(pool_state(model.state_dict(), HEADS, 2))
     tokens = torch.randint(32, (2, 16))
     torch.testing.assert_close(small(tokens), model(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_layer_converts_in_place_of_its_state() -> None:
+    layer = sc.nn.Attention(32, HEADS, "rope + causal", bias=True)
+    x = torch.randn(2, 9, 32)
+    small = sc.nn.convert.grouped(layer, 2)
+    by_state = sc.nn.Attention(32, HEADS, "gqa(2) + rope + causal", bias=True)
+    by_state.load_state_dict(pool_state(layer.state_dict(), HEADS, 2))
+    assert small.mechanism == by_state.mechanism
+    assert torch.equal(small(x), by_state(x))
+    torch.testing.assert_close(sc.nn.convert.grouped(layer, HEADS)(x), layer(x))
+    assert layer.key_proj.weight.shape == (32, 32)
+    with pytest.raises(sc.NotSupported, match="no multi-head keys and values"):
+        sc.nn.convert.grouped(small, 1)
+    with pytest.raises(sc.NotSupported, match="every key-value head"):
+        sc.nn.convert.grouped(sc.nn.Attention(32, HEADS, "additive"), 2)
+    with pytest.raises(sc.MechanismError, match="do not divide"):
+        sc.nn.convert.grouped(layer, 3)
 
 
 def first_heads(state: dict[str, torch.Tensor], heads: int, kv: int) -> dict[str, torch.Tensor]:
@@ -116,7 +134,7 @@ def test_mean_pooling_keeps_more_of_a_checkpoint_than_first_heads_or_fresh_ones(
         train_on_text(many, corpus, steps, length=64, seed=seed)
         full, state = text_loss(many, corpus, 64), many.state_dict()
         forms = {
-            "mean": convert(state, 4, 2),
+            "mean": pool_state(state, 4, 2),
             "first": first_heads(state, 4, 2),
             "fresh": fresh_heads(state, text_model("gqa(2)", seed + 10)),
         }

@@ -13,6 +13,8 @@ import jinja2
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from saccade.insight.draw import Picture
+
 SCHEMA = 1
 
 _WHATS = {"forward": "Forward", "backward": "Forward + backward", "decode": "One-token decode"}
@@ -546,17 +548,10 @@ def _pattern(mechanism: Mapping[str, Any]) -> dict[str, Any] | None:
     matrix = mechanism.get("pattern")
     if not matrix:
         return None
-    shades: dict[int, list[str]] = {}
-    for y, row in enumerate(matrix):
-        weights = [abs(_number(w) or 0) for w in row]
-        top = max(weights, default=0)
-        levels = [math.ceil(_SHADES * w / top - 1e-9) if top else 0 for w in weights]
-        for x, level in enumerate(levels):
-            if level:
-                shades.setdefault(level, []).append(f"M{x} {y}h1v1h-1z")
+    picture = Picture.of(mechanism["name"], ([_number(w) or 0.0 for w in row] for row in matrix))
     return {
         "rows": len(matrix),
         "columns": max(len(row) for row in matrix),
-        "read": sum(map(len, shades.values())),
-        "paths": [(level / _SHADES, "".join(squares)) for level, squares in sorted(shades.items())],
+        "read": sum(w > 0 for row in picture.weights for w in row),
+        "paths": picture.paths(_SHADES),
     }

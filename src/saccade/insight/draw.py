@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,24 @@ class Picture:
     title: str
     weights: tuple[tuple[float, ...], ...]
 
-    def shaded(self) -> list[list[int]]:
-        """Shades 0 to 4: any weight above zero is at least 1."""
-        return [[math.ceil(SHADES * w - 1e-9) for w in row] for row in self.weights]
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Iterable[float]]) -> Picture:
+        """The picture of weights of any sign and scale."""
+        sizes = [[abs(w) for w in row] for row in rows]
+        return cls(title, tuple(tuple(w / (max(row) or 1.0) for w in row) for row in sizes))
+
+    def shaded(self, shades: int = SHADES) -> list[list[int]]:
+        """Shades 0 to `shades`, row by row: any weight above zero is at least 1."""
+        return [[math.ceil(shades * w - 1e-9) for w in row] for row in self.weights]
+
+    def paths(self, shades: int = SHADES) -> list[tuple[float, str]]:
+        """The opacity and the path, in svg, of all cells of a shade, one cell one unit."""
+        found: dict[int, list[str]] = {}
+        for y, row in enumerate(self.shaded(shades)):
+            for x, level in enumerate(row):
+                if level:
+                    found.setdefault(level, []).append(f"M{x} {y}h1v1h-1z")
+        return [(level / shades, "".join(squares)) for level, squares in sorted(found.items())]
 
     def __str__(self) -> str:
         """Blocks for a terminal, two characters a cell so that a cell is about square."""
@@ -38,15 +54,7 @@ class Picture:
 
     def svg(self) -> str:
         """A drawing of its own, one path a shade, in the colour of the text around it."""
-        paths: dict[int, list[str]] = {}
-        for y, row in enumerate(self.shaded()):
-            for x, level in enumerate(row):
-                if level:
-                    paths.setdefault(level, []).append(f"M{x} {y}h1v1h-1z")
-        drawn = "".join(
-            f'<path fill-opacity="{level / SHADES:g}" d="{"".join(squares)}"/>'
-            for level, squares in sorted(paths.items())
-        )
+        drawn = "".join(f'<path fill-opacity="{opacity:g}" d="{path}"/>' for opacity, path in self.paths())
         rows, columns = len(self.weights), len(self.weights[0]) if self.weights else 0
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns} {rows}" role="img" '
@@ -102,9 +110,8 @@ def draw(
     if not 0 <= head < _HEADS:
         raise ValueError(f"a picture shows one of {_HEADS} heads, 0 to {_HEADS - 1}, got {head}")
     chosen = isinstance(m, Pairwise) and not m.static
-    w = weights(m, length, chosen if content is None else content)[head].abs().double()
-    top = w.amax(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return Picture(f"{m}, {length} tokens", tuple(map(tuple, (w / top).tolist())))
+    found = weights(m, length, chosen if content is None else content)[head]
+    return Picture.of(f"{m}, {length} tokens", found.tolist())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ The body is the mechanism's own parts; no length x length buffer is ever held.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
-from saccade.kernels.chunk import tile_area
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.mask import Pairs, cover
 from saccade.parts.pair import Context, Program
 
 SLAB = 128
@@ -27,6 +28,16 @@ def slab_rows(m: Pairwise, r: Request) -> int:
     each = s.batch * s.heads * max(1, s.keys) * m.score.temporaries(s.head_dim)
     rows = SLAB if r.device == "cpu" else 8 * SLAB
     return rows if each == 0 else max(1, min(rows, NUMBERS // each))
+
+
+@functools.lru_cache(maxsize=512)
+def slab_area(pairs: Pairs, rows: int, keys: int, size: int) -> tuple[int, int, int]:
+    """Pairs computed, the largest slab, and the number of slabs, of one head."""
+    offset, slabs = keys - rows, []
+    for r0 in range(0, rows, size):
+        r1 = min(rows, r0 + size)
+        slabs.append((r1 - r0) * sum(hi - lo for lo, hi in cover(pairs, r0 + offset, r1 + offset, keys)))
+    return sum(slabs), max(slabs, default=0), len(slabs)
 
 
 def evaluate(program: Program, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +135,8 @@ class SlabKernel(Kernel):
         why = []
         if any(p.reach == "bucket" for p in m.parts()) and not r.decoding:
             why.append("attention runs inside buckets, which rows cross")
+        if r.lse and not m.normalizer.has_lse:
+            why.append(f"{m.normalizer.name} has no log-denominator")
         if m.heads is not None and m.heads.learned_query:
             why.append("a learned query has its own prefix scan")
         if m.tiles is not None:
@@ -136,7 +149,7 @@ class SlabKernel(Kernel):
         keys = m.summary.rows(s.keys) if m.summary is not None else s.keys
         size = slab_rows(m, r)
         if not r.ragged:
-            area, largest, count = tile_area(m.pairs, s.length, keys, size, 1 << 60)
+            area, largest, count = slab_area(m.pairs, s.length, keys, size)
         else:
             area, largest, count = s.length * keys, min(size, s.length) * keys, -(-s.length // size)
         stacks = s.batch * s.heads

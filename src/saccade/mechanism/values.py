@@ -208,6 +208,11 @@ class Pairwise(Mechanism):
     def causal(self) -> bool:
         return self.pairs.looks_back
 
+    @cached_property
+    def makers(self) -> tuple[Part, ...]:
+        """The parts that derive something from each token of a call."""
+        return tuple(p for p in self.parts() if type(p).extras is not Part.extras)
+
     @property
     def static(self) -> bool:
         """True when position alone decides which pairs exist."""

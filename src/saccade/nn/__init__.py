@@ -1,5 +1,6 @@
 """Layers made from mechanisms."""
 
+from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
@@ -28,4 +29,5 @@ __all__ = [
     "SpatialGate",
     "Transformer",
     "UpDownMask",
+    "convert",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from saccade.parts.base import Part
+from saccade.parts.base import Part, Sizes, Weight, arg
 
 if TYPE_CHECKING:
     from saccade.parts.pair import Tile
@@ -55,3 +56,49 @@ class Alibi(StaticBias):
     def bias(self, i: Tensor, j: Tensor, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
         slopes = torch.tensor(alibi_slopes(heads), device=i.device, dtype=dtype).view(heads, 1, 1)
         return -slopes * (i - j).abs()
+
+
+@dataclass(frozen=True)
+class Softcap(Logits):
+    """cap tanh(s / cap): logits stay within the cap (Gemma 2: Improving Open Language Models at a Practical Size, 2024)."""
+
+    cap: float = arg(50.0, above=0.0)
+
+    name = "softcap"
+
+    def tile(self, s: Tensor, t: Tile) -> Tensor:
+        return self.cap * torch.tanh(s / self.cap)
+
+
+@dataclass(frozen=True)
+class Temperature(Logits):
+    """s / value: above 1 weights grow alike, below 1 the greatest takes over."""
+
+    value: float = arg(1.0, above=0.0)
+
+    name = "temperature"
+
+    def tile(self, s: Tensor, t: Tile) -> Tensor:
+        return s / self.value
+
+
+@dataclass(frozen=True)
+class LengthScale(Logits):
+    """s gain log(n) / log(length) with n the keys that the row may read and a learned gain a head, 1 at the start.
+
+    A mask of single pairs does not change n, so that partial results over split keys merge. Weights of long rows do not flatten out; rows of `length` keys start as plain ones. (Nakanishi, Scalable-Softmax Is
+    Superior for Attention, 2025; Chiang and Cholak, Overcoming a Theoretical Limitation of Self-Attention, 2022.)
+    """
+
+    length: int = arg(512, at_least=2)
+
+    name = "length_scale"
+    reach = "count"
+
+    def weights(self, sizes: Sizes) -> dict[str, Weight]:
+        return {"length_scale": Weight((sizes.heads,), init="ones")}
+
+    def tile(self, s: Tensor, t: Tile) -> Tensor:
+        assert t.count is not None
+        gain = t.params["length_scale"].to(s.dtype)[:, None, None]
+        return s * gain * (t.count.clamp_min(1).to(s.dtype).log() / math.log(self.length))

@@ -22,6 +22,11 @@ class Normalizer(Part):
 
     kind = "normalizer"
 
+    @property
+    def has_lse(self) -> bool:
+        """True when weights are shares exp(s - lse), so that partial results merge by their lse."""
+        return "exp" in self.gives
+
     def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, Tensor | None]:
         """Weights in the shape of s, zeros where s is -inf, and the log-denominator or None.
 

@@ -149,7 +149,8 @@ def without_padding(c: Context) -> Context:
 class Tile:
     """Rows against keys, as `tile` methods see them: i (b or 1, 1, Q, 1), j (1, 1, 1, K).
 
-    q and k are what the score prepared; `streams` holds declared streams and the parts' extras, those of the query
+    q and k are what the score prepared; `count` (b or 1, h or 1, Q, 1) is how many of the tile's keys each row may read,
+    where a part asks for it; `streams` holds declared streams and the parts' extras, those of the query
     side cut to the rows, those of the key side to the keys.
     """
 
@@ -162,6 +163,7 @@ class Tile:
     cols: Tensor
     streams: dict[str, Tensor]
     params: dict[str, Tensor]
+    count: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class Program:
         declared = m.streams(c.sizes) if c.streams else {}
         streams = {name: c.streams[name] for name in declared}
         sides: dict[str, Side] = {name: x.side for name, x in declared.items()}
-        for part in m.parts():
+        for part in m.makers:
             for name, (side, x) in part.extras(c).items():
                 streams[name], sides[name] = x, side
         return cls(m, c, q, k, c.v, selections, streams, sides)
@@ -238,7 +240,7 @@ class Program:
         streams = {
             n: x[:, :, rows] if self.sides[n] == "q" else take(x, spans) for n, x in self.streams.items()
         }
-        return Tile(
+        t = Tile(
             q[:, :, rows],
             take(k, spans),
             take(v, spans),
@@ -249,19 +251,34 @@ class Program:
             streams,
             c.params,
         )
+        asked = any(part.reach == "count" for part in self.mechanism.logits)
+        return replace(t, count=self._count(t)) if asked else t
+
+    def _count(self, t: Tile) -> Tensor:
+        """How many keys of the tile each row may read; a mask of single pairs, which may split a row, does not count."""
+        found = self._by_rule(t)
+        every = t.i.new_full((1, 1, 1, 1), t.cols.numel())
+        return (
+            every if found is None else found.expand(*found.shape[:3], t.cols.numel()).sum(-1, keepdim=True)
+        )
 
     def exist(self, t: Tile) -> Tensor | None:
         """Which pairs of the tile exist, broadcastable to (b, h, Q, K), or None when all do."""
         c = self.context
-        found = self._exist(self.pairs, t)
-        if c.ends is not None:
-            kept = (t.cols < c.ends[:, None])[:, None, None]
-            found = kept if found is None else found & kept
+        found = self._by_rule(t)
         if c.mask is not None:
             mask = c.mask if c.mask.shape[-2] == 1 else c.mask[..., t.rows, :]
             mask = mask if mask.shape[-1] == 1 else mask.index_select(-1, t.cols)
             found = mask if found is None else found & mask
         return found
+
+    def _by_rule(self, t: Tile) -> Tensor | None:
+        """The pairs of the mechanism without those of padding."""
+        found, ends = self._exist(self.pairs, t), self.context.ends
+        if ends is None:
+            return found
+        kept = (t.cols < ends[:, None])[:, None, None]
+        return kept if found is None else found & kept
 
     def _exist(self, pairs: Pairs, t: Tile) -> Tensor | None:
         if isinstance(pairs, Full):
@@ -298,9 +315,9 @@ class Program:
         """Weights of the tile's rows over its keys, which must be all that the rows may read, and the lse."""
         if not t.cols.numel():
             shape = t.q.shape[:3]
-            return t.q.new_zeros((*shape, 0)), torch.full(
-                shape, -torch.inf, device=t.q.device, dtype=torch.promote_types(t.q.dtype, torch.float32)
-            )
+            wide = torch.promote_types(t.q.dtype, torch.float32)
+            empty = torch.full(shape, -torch.inf, device=t.q.device, dtype=wide)
+            return t.q.new_zeros((*shape, 0)), empty if self.mechanism.normalizer.has_lse else None
         w, lse = self.mechanism.normalizer.normalize(self.logits(t), t)
         for part in self.mechanism.reweight:
             w = part.tile(w, t)

@@ -1,6 +1,7 @@
 """Plans: which kernel runs a mechanism, why, at what cost; and the call that follows them."""
 
-from saccade.plan.attend import Attended, Weights, attend, init_state
+from saccade.plan.advance import init_state
+from saccade.plan.attend import Attended, Weights, attend
 from saccade.plan.choose import Plan, plan
 
 __all__ = ["Attended", "Plan", "Weights", "attend", "init_state", "plan"]

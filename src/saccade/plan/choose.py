@@ -77,7 +77,9 @@ class ReferenceKernel(Kernel):
 def _has_lse(m: Mechanism) -> bool:
     if isinstance(m, Recurrent):
         return isinstance(m.ratio, RowRatio)
-    return isinstance(m, Pairwise) and not any(p.reach == "bucket" for p in m.parts())
+    return (
+        isinstance(m, Pairwise) and m.normalizer.has_lse and not any(p.reach == "bucket" for p in m.parts())
+    )
 
 
 KERNELS: tuple[Kernel, ...] = (

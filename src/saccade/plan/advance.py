@@ -1,0 +1,201 @@
+"""Calls that go on from a state: caches, recurrent states and prefix scans, one token or many at a time."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.errors import NotSupported
+from saccade.kernels.recurrent import Carry, chunked, step
+from saccade.kernels.scan import logits_and_values, prefixes
+from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
+from saccade.mechanism import mechanism as parse
+from saccade.parts.base import Sizes
+from saccade.parts.pair import Context, Program, map_tokens
+from saccade.parts.state import State
+from saccade.plan.choose import combine, finish, make
+from saccade.plan.place import empty_answer, request, zeros
+from saccade.reference import by_head
+
+
+def init_state(
+    mechanism: str | Mechanism,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> State:
+    """The state before the first token. Raises NotSupported for a mechanism that cannot decode step by step."""
+    m = parse(mechanism)
+    e, h = value_dim or head_dim, heads or kv_heads
+    if not m.causal:
+        raise NotSupported(f"{m} reads later keys, so it cannot go on token by token; use {_relative(m)}")
+    wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(m, ByHead):
+        count = len(m.children)
+        g = kv_heads // count if kv_heads % count == 0 else kv_heads
+        return State(
+            members=tuple(
+                init_state(c, batch, g, head_dim, e, heads=m.share(h), dtype=dtype, device=device)
+                for c in m.children
+            )
+        )
+    if isinstance(m, Combine):
+        return State(
+            members=tuple(
+                init_state(c, batch, kv_heads, head_dim, e, heads=h, dtype=dtype, device=device)
+                for c in m.children
+            )
+        )
+    if isinstance(m, Recurrent):
+        carry = Carry.empty(
+            batch, kv_heads, m.feature.size(head_dim), e, torch.empty(0, dtype=wide, device=device)
+        )
+        return State({"s": carry.s, "z": carry.z, "m": carry.m})
+    assert isinstance(m, Pairwise)
+    if m.heads is not None and m.heads.learned_query:
+        return State(
+            {
+                "out": torch.zeros(batch, h, e, dtype=wide, device=device),
+                "lse": torch.full((batch, h), -torch.inf, dtype=wide, device=device),
+            }
+        )
+    return State(
+        {
+            n: torch.empty(batch, kv_heads, 0, d, dtype=dtype, device=device)
+            for n, d in (("k", head_dim), ("v", e))
+        }
+    )
+
+
+def _relative(m: Mechanism) -> str:
+    never = [m.relative] if isinstance(m, Mixer) else [p.relative for p in m.parts() if p.causal == "never"]
+    return never[0] if never else f"'causal + {m}'"
+
+
+def advance(
+    m: Mechanism, c: Context, state: State | None, lse: bool, kernel: str | None
+) -> tuple[Tensor, Tensor | None, State]:
+    """A call that goes on from a state and returns the next one."""
+    if c.ends is not None:
+        raise NotSupported("a state belongs to samples of one length: give key_lengths or a state, not both")
+    if state is None:
+        sizes: Sizes = c.sizes
+        state = init_state(
+            m,
+            c.q.shape[0],
+            sizes.kv_heads,
+            sizes.head_dim,
+            sizes.value_dim,
+            heads=sizes.heads,
+            dtype=c.q.dtype,
+            device=c.q.device,
+        )
+    else:
+        _check_state(m, c, state)
+    if isinstance(m, Combine):
+        shares = by_head(m, c) if isinstance(m, ByHead) else [c] * len(m.children)
+        inner = lse or m.word == "join"
+        found = [
+            advance(child, share, s, inner, kernel)
+            for child, share, s in zip(m.children, shares, state.members, strict=True)
+        ]
+        out, joint = combine(m, [(o, x) for o, x, _ in found])
+        return out, joint, State({}, state.length + c.k.shape[2], 0, tuple(s for _, _, s in found))
+    assert isinstance(m, Pairwise | Recurrent)
+    if isinstance(m, Pairwise) and not (m.heads is not None and m.heads.learned_query):
+        return _advance_cache(m, c, state, lse, kernel)
+    own = "recurrent" if isinstance(m, Recurrent) else "scan"
+    if kernel not in (None, own):
+        raise NotSupported(f"with a state, {m} is run by {own}, but the call demands {kernel}; leave it out")
+    if c.mask is not None:
+        raise NotSupported(
+            f"the state of {m} cannot follow a mask of single pairs; use key_lengths for padding"
+        )
+    if not c.k.shape[2]:
+        return *zeros(m, c, lse), state
+    return _advance_recurrent(m, c, state, lse) if isinstance(m, Recurrent) else _advance_scan(m, c, state)
+
+
+def _check_state(m: Mechanism, c: Context, state: State) -> None:
+    """Raise ValueError unless `state` is one of this mechanism, for the batch, heads, sizes and dtype of the call."""
+    wanted, given = _wanted_state(m, c.q.shape[0], c.sizes, c.q.dtype), _state_text(state)
+    if wanted != given:
+        raise ValueError(
+            f"the state does not belong to this call of {m}: it should hold {wanted}, and holds {given}; "
+            "start from init_state(...) or from a call with need=('out', 'state')"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted_state(m: Mechanism, batch: int, s: Sizes, dtype: torch.dtype) -> str:
+    options: dict[str, Any] = {"heads": s.heads, "dtype": dtype, "device": "meta"}
+    return _state_text(init_state(m, batch, s.kv_heads, s.head_dim, s.value_dim, **options))
+
+
+def _state_text(state: State) -> str:
+    """What a state holds, its length apart."""
+    own = [
+        f"{n} {[*x.shape[:2], *x.shape[3:]]} {str(x.dtype).removeprefix('torch.')}"
+        for n, x in sorted(state.tensors.items())
+    ]
+    return ", ".join(own + [f"({_state_text(s)})" for s in state.members])
+
+
+def _advance_cache(
+    m: Pairwise, c: Context, state: State, lse: bool, kernel: str | None
+) -> tuple[Tensor, Tensor | None, State]:
+    new = c.k.shape[2]
+    if c.q.shape[2] != new:
+        raise ValueError(
+            f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
+        )
+    mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
+    start, horizon = state.start, m.pairs.horizon if m.static else None
+    grad = request(c, lse).grad
+    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=c.v)
+    if grad:
+        after = replace(after, room={})
+    keys, values = after.tensors["k"], after.tensors["v"]
+    if horizon is not None and keys.shape[2] >= 2 * max(horizon, 8):
+        drop = keys.shape[2] - (horizon - 1)
+        kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
+        after = State(kept, after.length, start + drop)
+    past = state.length > 0
+    mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., start:]
+    bound = replace(mapped, k=keys, v=values, mask=mask, offset=state.length, start=start, decoding=past)
+    empty = empty_answer(m, bound, lse)
+    if empty is not None:
+        return *empty, after
+    out, found = make(m, request(bound, lse, past), kernel).run(bound)
+    return out, found, after
+
+
+def _advance_recurrent(
+    m: Recurrent, c: Context, state: State, lse: bool
+) -> tuple[Tensor, Tensor | None, State]:
+    c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), c.k.shape[2])
+    carry = Carry(state.tensors["s"], state.tensors["z"], state.tensors["m"])
+    if c.q.shape[2] == 1 and not lse:
+        out, after = step(m, c, carry)
+        found = None
+    else:
+        out, found, after = chunked(m, c, carry)
+    out, found = finish(m, c, out.to(c.q.dtype), found)
+    return out, found, State({"s": after.s, "z": after.z, "m": after.m}, state.length + c.k.shape[2])
+
+
+def _advance_scan(m: Pairwise, c: Context, state: State) -> tuple[Tensor, Tensor | None, State]:
+    wide = torch.promote_types(c.q.dtype, torch.float32)
+    s, v = logits_and_values(Program.bind(m, c), wide)
+    out, lse = prefixes(s, v, (state.tensors["out"], state.tensors["lse"]))
+    after = State({"out": out[:, :, -1], "lse": lse[:, :, -1]}, state.length + c.k.shape[2])
+    return *finish(m, c, out.to(c.q.dtype), lse), after
