@@ -11,8 +11,8 @@ from saccade.kernels.base import Kernel
 from saccade.kernels.sdpa import SdpaKernel
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import Full
-from saccade.parts.pattern import Every
 from saccade.parts.pair import Context
+from saccade.parts.pattern import Every
 
 
 class ThinKernel(Kernel):

@@ -5,7 +5,6 @@ Legend: i is a query position, j a key position, B the size of a block.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass
 
@@ -102,10 +101,10 @@ class HeadStride(Mask):
 
 @dataclass(frozen=True)
 class LocalBlocks(Mask):
-    """The query's own block of `block` tokens, whole, and the blocks just before it, `count` in all."""
+    """The query's own block of `block` tokens, whole, and the blocks just before it, `last` in all."""
 
     block: int = arg(64, at_least=1)
-    count: int = arg(1, at_least=1)
+    last: int = arg(1, at_least=1)
 
     name = "local_blocks"
 
@@ -116,10 +115,10 @@ class LocalBlocks(Mask):
 
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         gap = i // self.block - j // self.block
-        return (gap >= 0) & (gap < self.count)
+        return (gap >= 0) & (gap < self.last)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return clip((i0 // self.block - self.count + 1) * self.block, -(-i1 // self.block) * self.block, keys)
+        return clip((i0 // self.block - self.last + 1) * self.block, -(-i1 // self.block) * self.block, keys)
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,9 @@ class PowerBlocks(Mask):
         found = []
         for own in range(i0 // self.block, -(-i1 // self.block)):
             gaps = (1 << p for p in range(own.bit_length()))
-            found += [((own - g) * self.block, min(keys, (own - g + 1) * self.block)) for g in gaps if g <= own]
+            found += [
+                ((own - g) * self.block, min(keys, (own - g + 1) * self.block)) for g in gaps if g <= own
+            ]
         return merge_spans(found)
 
 
@@ -235,9 +236,3 @@ def shuffled(x: Tensor, run: Tensor, length: int, seed: int) -> Tensor:
         found = torch.where(inside, found, (left << half) | right)
         inside = found < length
     return found
-
-
-@functools.lru_cache(maxsize=32)
-def order(mask: Permuted, tokens: int) -> Tensor:
-    """The tokens in their shuffled order."""
-    return mask.place(torch.arange(tokens)).argsort()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from saccade.errors import MechanismError
-from saccade.mechanism import Pairwise, system
-from saccade.parts.mask import Causal, Pairs, Sink
-from saccade.parts.pattern import HeadStride, HeadStripes, LocalBlocks, PowerBlocks
+from saccade.mechanism import Mix, Pairwise, system
+from saccade.parts.mask import Causal, Neighborhood, Pairs, Sink, Window
+from saccade.parts.output import OutGate
+from saccade.parts.pattern import HeadStride, HeadStripes, LocalBlocks, Permuted, PowerBlocks
 
 
 @system("hepos", ref="S113")
@@ -39,3 +40,22 @@ def powerattention(block: int = 64, local: int = 1, sinks: int = 0) -> Pairwise:
         raise MechanismError(f"powerattention: sinks must be a whole number of at least 0, got {sinks}")
     pairs: Pairs = LocalBlocks(block, local) | PowerBlocks(block)
     return Pairwise(pairs=Causal() & (pairs | Sink(sinks * block) if sinks else pairs))
+
+
+@system("stochastic_attention", ref="S298")
+def stochastic_attention(width: int = 65, length: int = 4096, seed: int = 0, causal: bool = True) -> Mix:
+    """g times attention in a window of a shuffled order, plus 1 - g times attention in a plain window of as many keys.
+
+    The gate g is a number a head and token. Under `causal` the shuffled window loses its later keys, the plain one looks
+    back. Give each layer its own seed. (Stochastic Attention: Connectome-Inspired Randomized Routing for Expressive
+    Linear-Time Attention, 2026.)
+    """
+    shuffled: Pairs = Permuted(width, length, seed)
+    plain: Pairs = Window(width) if causal else Neighborhood(width)
+    return Mix(
+        (
+            Pairwise(pairs=Causal() & shuffled if causal else shuffled, output=(OutGate(),)),
+            Pairwise(pairs=plain, output=(OutGate(rest=True),)),
+        ),
+        shares=(1.0, 1.0),
+    )
