@@ -225,7 +225,7 @@ ROUNDS, MIX, WORD = 4, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D), (1 << 32) - 1
 def shuffled(x: Tensor, run: Tensor, length: int, seed: int) -> Tensor:
     """A permutation of 0..length-1 keyed by `seed` and `run`: a Feistel network over a power of four, walked until inside."""
     half = max(1, -(-(length - 1).bit_length() // 2))
-    mask, key = (1 << half) - 1, (run * MIX[0] + seed * MIX[1]) & WORD
+    mask, key = (1 << half) - 1, (run * MIX[0] + (seed * MIX[1] & WORD)) & WORD
     found, inside = x, torch.zeros_like(x, dtype=torch.bool)
     while not bool(inside.all()):
         left, right = found >> half, found & mask
