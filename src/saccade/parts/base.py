@@ -192,13 +192,13 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
         if not value:
             raise MechanismError(f"{owner}: {name} has a value an axis or head, got ()")
         for one in value:
-            check_argument(owner, name, one, several[0], limits)
+            check_argument(owner, f"each of {name}", one, several[0], limits)
         return
+    if several and not simple and several[0] in (int, float, bool):
+        raise MechanismError(
+            f"{owner}: {name} must be numbers in brackets, as in (4, 8), got {value_text(value)}"
+        )
     if not simple:
-        return
-    if isinstance(value, tuple) and any(typing.get_origin(t) is tuple for t in allowed):
-        for entry in value:
-            check_argument(owner, f"each of {name}", entry, int, limits)
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = any(

@@ -25,6 +25,7 @@ from saccade.kernels.recurrent import RecurrentKernel
 from saccade.kernels.scan import ScanKernel
 from saccade.kernels.sdpa import SdpaKernel, backend
 from saccade.kernels.slab import SlabKernel
+from saccade.kernels.thin import ThinKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.mask import Pairs
@@ -83,6 +84,7 @@ def _has_lse(m: Mechanism) -> bool:
 
 KERNELS: tuple[Kernel, ...] = (
     SdpaKernel(),
+    ThinKernel(),
     DecodeKernel(),
     ChunkKernel(),
     BlockKernel(),
