@@ -23,6 +23,8 @@ def softmax_only(m: Mechanism) -> list[str]:
     if not isinstance(m, Pairwise):
         return [f"runs pairwise mechanisms, this one is {m.family}"]
     why = []
+    if m.pairs.by_head:
+        why.append("pairs differ between heads")
     if not m.score.factored:
         why.append(f"the score {m.score.name} is no dot product of prepared vectors")
     if type(m.normalizer) is not Softmax:

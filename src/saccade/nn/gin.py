@@ -158,7 +158,7 @@ def add_gin_adapters(model: nn.Module, hidden: int, threshold: float = 0.05) -> 
     tuned: list[nn.Parameter] = []
     for block in blocks:
         layer = block.attention
-        adapter = GINAdapter(layer, layer.out_proj.out_features, hidden, threshold).to(layer.key_proj.weight)
+        adapter = GINAdapter(layer, layer.out_proj.out_features, hidden, threshold).to(layer.out_proj.weight)
         block.attention = adapter  # type: ignore[assignment]
         tuned += [adapter.eps, adapter.lam, *adapter.mlp.parameters()]
     return tuned

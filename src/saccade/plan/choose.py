@@ -316,7 +316,7 @@ def make(m: Mechanism, r: Request, kernel: str | None = None) -> Plan:
             f"{m}: {m.output[0]} changes the output after the mix, so (out, lse) would not merge; ask for the lse of "
             f"{core(m)}"
         )
-    if isinstance(m, Pairwise) and m.pairs.by_head:
+    if isinstance(m, Pairwise) and m.pairs.by_head and not any(p.head_bound for p in m.parts()):
         return _per_head(m, r, kernel)
     found = []
     inner, asked = core(m), _core_request(m, r)
