@@ -8,6 +8,7 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
+from saccade.nn.variational import Readout, VariationalAttention
 
 __all__ = [
     "CBAM",
@@ -24,6 +25,7 @@ __all__ = [
     "GINAttention",
     "GaussianGate",
     "LinearVirtualNode",
+    "Readout",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
@@ -31,6 +33,7 @@ __all__ = [
     "SpatialGate",
     "Transformer",
     "UpDownMask",
+    "VariationalAttention",
     "VirtualNodeLayer",
     "add_gin_adapters",
 ]
