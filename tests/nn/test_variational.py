@@ -48,13 +48,13 @@ def written_out(m: sc.nn.VariationalAttention, method: str, sample: list[Tensor]
 
     pi = weights(m.query_proj(query).detach(), m.key_proj(values))
     if method == "soft":
-        return like(sum((p * x for p, x in zip(pi, values, strict=True)), torch.zeros(DIM, dtype=torch.float64)))
+        return like(
+            sum((p * x for p, x in zip(pi, values, strict=True)), torch.zeros(DIM, dtype=torch.float64))
+        )
     if method == "exact":
         return math.log(sum(p * math.exp(like(x)) for p, x in zip(pi, values, strict=True)))
     q = weights(m.guess_query(torch.cat((query, vector))).detach(), m.guess_key(values))
-    return sum(
-        g * (like(x) - math.log(g) + math.log(p)) for g, p, x in zip(q, pi, values, strict=True)
-    )
+    return sum(g * (like(x) - math.log(g) + math.log(p)) for g, p, x in zip(q, pi, values, strict=True))
 
 
 @pytest.mark.parametrize("method", ["soft", "exact", "enumerate"])
@@ -62,7 +62,9 @@ def test_sums_over_alignments_are_written_out(method: str) -> None:
     m, data = model(method), batch()
     found = m(*data)
     for n in range(3):
-        assert float(found[n].detach()) == pytest.approx(written_out(m, method, [x[n] for x in data]), abs=1e-12)
+        assert float(found[n].detach()) == pytest.approx(
+            written_out(m, method, [x[n] for x in data]), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(("method", "whole"), [("reinforce", "enumerate"), ("hard", None)])
@@ -161,9 +163,11 @@ def test_what_has_no_alignment_is_refused() -> None:
         m(*data, mask.long())
     with pytest.raises(ValueError, match="reinforce guesses from the answer too; give its vector"):
         model("reinforce")(*data[:3])
-    with pytest.raises(ValueError, match="method must be one of soft, exact, .* got 'sample'"):
+    with pytest.raises(ValueError, match=r"method must be one of soft, exact, .* got 'sample'"):
         model("sample")
-    with pytest.raises(ValueError, match="samples must be at least 1 and temperature above 0, got 0 and 0.5"):
+    with pytest.raises(
+        ValueError, match=r"samples must be at least 1 and temperature above 0, got 0 and 0\.5"
+    ):
         model("reinforce", samples=0)
     for method, top in (("exact", 0), ("soft", 2)):
         with pytest.raises(ValueError, match=f"top must be at least 1, .* got top={top}"):

@@ -43,7 +43,9 @@ class Given(sc.nn.VariationalAttention):
         nn.init.normal_(self.decode.head.weight, std=2.0)
         self.logits = nn.Parameter(logits.clone())
 
-    def log_posterior(self, query: Tensor, vector: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    def log_posterior(
+        self, query: Tensor, vector: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         return self.logits.log_softmax(-1)
 
 
@@ -112,7 +114,12 @@ def translated(method: str, steps: int = 500) -> list[float]:
     """Loss in nats of fresh sentences after training, over all values, and unless soft over the four likeliest."""
     torch.manual_seed(0)
     model, generator = Translator(method), torch.Generator().manual_seed(0)
-    train(model.parameters(), lambda step: -model.objective(sentences(64, generator), generator).mean(), steps, 1e-2)
+    train(
+        model.parameters(),
+        lambda step: -model.objective(sentences(64, generator), generator).mean(),
+        steps,
+        1e-2,
+    )
     batch = sentences(2000, torch.Generator().manual_seed(1))
     with torch.no_grad():
         return [float(model.loss(batch, top).mean()) for top in ((None,) if method == "soft" else (None, 4))]

@@ -105,7 +105,9 @@ class VariationalAttention(nn.Module):
         """log pi (B, n), what the query alone says; the mask (B, n) is True where there is a value."""
         return self._aligned(self.query_proj(query), self.key_proj(values), mask)
 
-    def log_posterior(self, query: Tensor, vector: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    def log_posterior(
+        self, query: Tensor, vector: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """log q (B, n), what the query and the answer's vector (B, answer_dim) say."""
         both = torch.cat((query, vector), dim=-1)
         return self._aligned(self.guess_query(both), self.guess_key(values), mask)
@@ -131,7 +133,9 @@ class VariationalAttention(nn.Module):
         if self.method == "hard":
             q = prior
         elif vector is None:
-            raise ValueError(f"{self.method} guesses from the answer too; give its vector (batch, answer_dim)")
+            raise ValueError(
+                f"{self.method} guesses from the answer too; give its vector (batch, answer_dim)"
+            )
         else:
             q = self.log_posterior(query, vector, values, mask)
         if self.method == "enumerate":
@@ -139,7 +143,9 @@ class VariationalAttention(nn.Module):
         apart = divergence(q, prior)
         if self.method == "gumbel":
             noise = torch.rand(q.shape, generator=generator, dtype=q.dtype, device=q.device)
-            gumbel = -torch.log(-torch.log(noise.clamp(torch.finfo(q.dtype).tiny, 1 - torch.finfo(q.dtype).eps)))
+            gumbel = -torch.log(
+                -torch.log(noise.clamp(torch.finfo(q.dtype).tiny, 1 - torch.finfo(q.dtype).eps))
+            )
             relaxed = torch.softmax((q + gumbel) / self.temperature, dim=-1)
             return self.decode(relaxed.unsqueeze(1) @ values, answer).squeeze(1) - apart
         z = torch.multinomial(q.detach().exp(), self.samples, replacement=True, generator=generator)
@@ -153,7 +159,12 @@ class VariationalAttention(nn.Module):
         return (found + score_gradient(q.gather(1, z), reward)).mean(1) - apart
 
     def log_likelihood(
-        self, query: Tensor, values: Tensor, answer: Tensor, mask: Tensor | None = None, top: int | None = None
+        self,
+        query: Tensor,
+        values: Tensor,
+        answer: Tensor,
+        mask: Tensor | None = None,
+        top: int | None = None,
     ) -> Tensor:
         """For use after training, (B,): the marginal over the `top` likeliest values of pi, renormalised, or over all.
 
