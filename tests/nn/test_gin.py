@@ -128,6 +128,17 @@ def test_padding_is_no_neighbour(aggregates: tuple[str, ...]) -> None:
     torch.testing.assert_close(found[1], layer(x[1:])[0])
 
 
+def test_low_precision_sums_in_high() -> None:
+    layer = sc.nn.GINAttention(8, 2, threshold=0.1, binary=True, aggregates=AGGREGATES, degrees=True)
+    model = sc.nn.Transformer(7, dim=8, depth=1, heads=2, max_length=5)
+    sc.nn.add_gin_adapters(model, hidden=2)
+    x = torch.randn(2, 5, 8).bfloat16()
+    found = layer.bfloat16()(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), layer.float()(x.float()), atol=0.05, rtol=0.05)
+    assert model.bfloat16()(torch.zeros(1, 5, dtype=torch.long)).dtype == torch.bfloat16
+
+
 def test_what_is_no_graph_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1.5"):
         sc.nn.GINAttention(8, 2, threshold=1.5)

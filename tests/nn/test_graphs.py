@@ -8,6 +8,7 @@ from torch import Tensor
 
 import saccade as sc
 from saccade.nn import LinearVirtualNode
+from saccade.nn.graphs import gathered
 from saccade.parts.feature import Favor
 
 
@@ -87,6 +88,17 @@ def test_a_linear_virtual_node_on_ragged_graphs_is_linear_attention_on_each(feat
     alone = layer.out_proj(layer.value_proj(x[graph == 3]))
     torch.testing.assert_close(found[graph == 3], alone)
     assert layer(x[:0]).shape == (0, 8)
+
+
+def test_low_precision_sums_in_high() -> None:
+    """Thousands of ones in bfloat16 would stop at 256."""
+    ones = torch.ones(4000, 4, dtype=torch.bfloat16)
+    assert gathered(ones, torch.zeros(4000, dtype=torch.long), 2).tolist() == [[4000.0] * 4, [0.0] * 4]
+    layer = LinearVirtualNode(4, 1).bfloat16()
+    same = layer.tell(ones[:, None], ones[:, None], ones[:, None], torch.zeros(4000, dtype=torch.long))
+    assert torch.equal(same, ones[:, None])
+    nodes, whole = sc.nn.MPNN(4, depth=2).bfloat16()(ones, torch.zeros(2, 1, dtype=torch.long))
+    assert nodes.dtype == whole.dtype == torch.bfloat16
 
 
 def test_what_is_no_graph_is_refused() -> None:

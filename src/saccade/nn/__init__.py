@@ -13,6 +13,7 @@ from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
+from saccade.nn.variational import Readout, VariationalAttention
 
 __all__ = [
     "CBAM",
@@ -32,6 +33,7 @@ __all__ = [
     "LearnedPositions",
     "LexiconAttention",
     "LinearVirtualNode",
+    "Readout",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
@@ -40,6 +42,7 @@ __all__ = [
     "SpatialGate",
     "Transformer",
     "UpDownMask",
+    "VariationalAttention",
     "VirtualNodeLayer",
     "add_gin_adapters",
     "choose_head_scale",

@@ -101,7 +101,7 @@ class GINAttention(nn.Module):
         assert found.weights is not None
         edges, kept = edges_of(found.weights, self.threshold, self.binary)
         v = self.attention.project(x)[2]
-        v = v.repeat_interleave(edges.shape[1] // v.shape[1], dim=1)
+        v = v.repeat_interleave(edges.shape[1] // v.shape[1], dim=1).to(edges.dtype)
         if key_lengths is not None:
             gone = torch.arange(v.shape[2], device=v.device) >= key_lengths[:, None]
             v = v.masked_fill(gone[:, None, :, None], 0)
@@ -111,7 +111,7 @@ class GINAttention(nn.Module):
             over = degree.where(degree > 0, torch.ones_like(degree))
             terms = [scaled for t in terms for scaled in (t, t * degree, t / over)]
         own = (1 + self.eps) * v
-        return self.mlp(torch.cat([own + t for t in terms], dim=-1).transpose(1, 2).flatten(2))
+        return self.mlp(torch.cat([own + t for t in terms], dim=-1).transpose(1, 2).flatten(2).to(x.dtype))
 
 
 class GINAdapter(nn.Module):
@@ -135,7 +135,8 @@ class GINAdapter(nn.Module):
         if key_lengths is not None:
             gone = torch.arange(x.shape[1], device=x.device) >= key_lengths[:, None]
             x = x.masked_fill(gone.unsqueeze(-1), 0)
-        return found.out + self.lam * self.mlp((1 + self.eps) * x + edges @ x)
+        heard = (edges @ x.to(edges.dtype)).to(x.dtype)
+        return found.out + self.lam * self.mlp((1 + self.eps) * x + heard)
 
     def init_state(self, batch: int) -> None:
         """Raises NotSupported: the graph of earlier nodes is not kept."""

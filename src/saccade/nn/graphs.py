@@ -42,6 +42,12 @@ def check_graph(x: Tensor, edges: Tensor | None, graph: Tensor, graphs: int) -> 
         )
 
 
+def gathered(x: Tensor, where: Tensor, count: int) -> Tensor:
+    """Sums of the rows of x (N, ...) that go to the same place, (count, ...), in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros(count, *x.shape[1:], dtype=wide, device=x.device).index_add(0, where, x.to(wide))
+
+
 class VirtualNodeLayer(nn.Module):
     """Nodes hear their neighbours and the virtual node of their graph, which then hears all nodes; O(N + E).
 
@@ -67,14 +73,13 @@ class VirtualNodeLayer(nn.Module):
         if self.virtual:
             x = x + u[graph]
         n = self.norm(x)
-        heard = torch.zeros_like(n).index_add(0, edges[1], n[edges[0]])
-        x = x + self.node((1 + self.eps) * n + heard)
+        x = x + self.node((1 + self.eps) * n + gathered(n[edges[0]], edges[1], len(n)).to(n.dtype))
         if not self.virtual:
             return x, u
-        told = torch.zeros_like(u).index_add(0, graph, self.message(x))
+        told = gathered(self.message(x), graph, len(u))
         if self.read == "mean":
             told = told / torch.bincount(graph, minlength=len(u)).clamp_min(1).unsqueeze(-1)
-        return x, u + self.update(torch.cat((u, told), dim=-1))
+        return x, u + self.update(torch.cat((u, told.to(u.dtype)), dim=-1))
 
 
 class MPNN(nn.Module):
@@ -139,16 +144,16 @@ class LinearVirtualNode(nn.Module):
         """What each node is told, (N, heads, e), from q and k (N, heads, d) and v (N, heads, e)."""
         check_graph(q, None, graph, graphs)
         buffers = {name: self.get_buffer(name) for name in self.buffer_names}
-        asks, _ = self._phi(q, "q", buffers)
-        phi, scale = self._phi(k, "k", buffers)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        asks, _ = self._phi(q.to(wide), "q", buffers)
+        phi, scale = self._phi(k.to(wide), "k", buffers)
         if scale is not None:
             top = scale.new_full((graphs, scale.shape[1]), -torch.inf)
             top = top.scatter_reduce(0, graph[:, None].expand_as(scale), scale, "amax")
             phi = phi * torch.exp(scale - top[graph]).unsqueeze(-1)
         heard = torch.cat((phi.unsqueeze(-1) * v.unsqueeze(-2), phi.unsqueeze(-1)), dim=-1)
-        state = heard.new_zeros(graphs, *heard.shape[1:]).index_add(0, graph, heard)
-        told = torch.einsum("nhm,nhme->nhe", asks, state[graph])
-        return divide(told[..., :-1], told[..., -1:])
+        told = torch.einsum("nhm,nhme->nhe", asks.to(wide), gathered(heard, graph, graphs)[graph])
+        return divide(told[..., :-1], told[..., -1:]).to(q.dtype)
 
     def _phi(
         self, x: Tensor, side: Literal["q", "k"], buffers: dict[str, Tensor]
