@@ -19,6 +19,7 @@ from saccade.kernels.bucket import BucketKernel
 from saccade.kernels.chunk import ChunkKernel
 from saccade.kernels.decode import DecodeKernel
 from saccade.kernels.flex import FlexKernel
+from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
 from saccade.kernels.recurrent import RecurrentKernel
 from saccade.kernels.scan import ScanKernel
@@ -89,6 +90,7 @@ KERNELS: tuple[Kernel, ...] = (
     ScanKernel(),
     RecurrentKernel(),
     MixerKernel(),
+    MeanKernel(),
     FlexKernel(),
     SlabKernel(),
     ReferenceKernel(),
