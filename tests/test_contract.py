@@ -61,6 +61,8 @@ SYSTEMS = [
     "aaren",
     "comateformer",
     "causal + comateformer",
+    "tapa",
+    "causal + tapa(0.3, alpha=1.0)",
     "relaxed_attention",
     "relaxed_attention(0.2, causal=true)",
     "adaptive_attention",

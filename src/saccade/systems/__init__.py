@@ -17,6 +17,7 @@ from saccade.systems import (
     sentinel,
     softmax,
     sparse,
+    tapa,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "sentinel",
     "softmax",
     "sparse",
+    "tapa",
 ]
