@@ -20,6 +20,7 @@ from saccade.kernels.chunk import ChunkKernel
 from saccade.kernels.decode import DecodeKernel
 from saccade.kernels.flex import FlexKernel
 from saccade.kernels.grid import GridKernel
+from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
 from saccade.kernels.recurrent import RecurrentKernel
 from saccade.kernels.scan import ScanKernel
@@ -93,6 +94,7 @@ KERNELS: tuple[Kernel, ...] = (
     ScanKernel(),
     RecurrentKernel(),
     MixerKernel(),
+    MeanKernel(),
     FlexKernel(),
     SlabKernel(),
     ReferenceKernel(),

@@ -19,10 +19,12 @@ from saccade.systems import (
     pattern,
     positions,
     rela,
+    relaxed,
     routing,
     sentinel,
     softmax,
     sparse,
+    tapa,
 )
 
 __all__ = [
@@ -44,8 +46,10 @@ __all__ = [
     "pattern",
     "positions",
     "rela",
+    "relaxed",
     "routing",
     "sentinel",
     "softmax",
     "sparse",
+    "tapa",
 ]
