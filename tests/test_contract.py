@@ -58,6 +58,8 @@ SYSTEMS = [
     "aaren",
     "causal + bam",
     "bam(location=true)",
+    "causal + cope_complex",
+    "cope_complex(phase=true)",
     "cope_contextual(6)",
     "nope_head_scale",
     "shaw_rpr(8)",

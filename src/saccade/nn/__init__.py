@@ -1,12 +1,14 @@
 """Layers made from mechanisms."""
 
 from saccade.nn.attention import Attention
+from saccade.nn.complex import ComplexAttention
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 
 __all__ = [
     "Attention",
+    "ComplexAttention",
     "Encoder",
     "EncoderDecoder",
     "LearnedPositions",
