@@ -61,6 +61,7 @@ SYSTEMS = [
     "causal + cope_complex",
     "cope_complex(phase=true)",
     "cope_contextual(6)",
+    "mvpa(4, grid=(20, 8))",
     "nope_head_scale",
     "shaw_rpr(8)",
     "causal + shaw_rpr(8)",

@@ -3,6 +3,7 @@
 from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
+from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 
@@ -12,6 +13,7 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "LearnedPositions",
+    "MVPFormer",
     "SinusoidalPositions",
     "Transformer",
     "choose_head_scale",
