@@ -2,6 +2,7 @@
 
 from saccade.nn import convert
 from saccade.nn.attention import Attention
+from saccade.nn.complex import ComplexAttention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -9,6 +10,7 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
@@ -24,6 +26,7 @@ __all__ = [
     "SAB",
     "Attention",
     "ChannelGate",
+    "ComplexAttention",
     "Encoder",
     "EncoderDecoder",
     "GINAdapter",
@@ -33,6 +36,7 @@ __all__ = [
     "LearnedPositions",
     "LexiconAttention",
     "LinearVirtualNode",
+    "MVPFormer",
     "Readout",
     "ResidualAttention",
     "ResidualAttentionNetwork",

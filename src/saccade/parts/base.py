@@ -157,8 +157,8 @@ class Part:
         """Tensors that are kept beside the weights and change only by an explicit refresh."""
         return {}
 
-    def row_flops(self, sizes: Sizes) -> int:
-        """Matrix FLOPs that a query row costs a head besides its pairs."""
+    def row_flops(self, sizes: Sizes, keys: int) -> int:
+        """Matrix FLOPs that a query row costs a head besides its pairs, for so many keys."""
         return 0
 
     def refresh(

@@ -30,9 +30,9 @@ class ContextCount(Logits):
     needs = frozenset({"bilinear", "key order"})
 
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
-        return {"context_count": Weight((self.most + 1, sizes.head_dim), init="zeros")}
+        return {"context_count": Weight((self.most + 1, sizes.head_dim), std=sizes.head_dim**-0.5)}
 
-    def row_flops(self, sizes: Sizes) -> int:
+    def row_flops(self, sizes: Sizes, keys: int) -> int:
         return 2 * (self.most + 1) * sizes.head_dim
 
     def tile(self, s: Tensor, t: Tile) -> Tensor:
