@@ -64,6 +64,7 @@ SYSTEMS = [
     "causal + mhe",
     "mhe(mode=add)",
     "causal + moh(top=1, shared=2)",
+    "causal + optimised_attention",
     "luong_attention(score=dot)",
     "luong_attention(score=general, local=monotonic)",
     "luong_attention(score=concat)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,15 @@ DATA = Digits()
 
 
 class RowClassifier(nn.Module):
-    """Eight rows of pixels to a digit: one attention layer, the mean over rows, a linear map."""
+    """Eight rows of pixels to a digit: one layer of attention by a mechanism or `super`, the mean over rows, a linear map."""
 
-    def __init__(self, mechanism: str, heads: int = 4, dim: int = 64, **options: Any) -> None:
+    def __init__(self, mechanism: str, heads: int = 4, dim: int = 64) -> None:
         super().__init__()
         self.rows, self.positions = nn.Linear(8, dim), nn.Parameter(0.02 * torch.randn(8, dim))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = sc.nn.Attention(dim, heads, mechanism, **options)
+        self.attention: nn.Module = (
+            sc.nn.SuperAttention(dim, 8) if mechanism == "super" else sc.nn.Attention(dim, heads, mechanism)
+        )
         self.feed_forward = FeedForward(dim, 2)
         self.digit = nn.Linear(dim, 10)
 

@@ -12,8 +12,10 @@ from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
+from saccade.nn.super_attention import SuperAttention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
@@ -27,6 +29,7 @@ __all__ = [
     "Attention",
     "ChannelGate",
     "ComplexAttention",
+    "DualAttention",
     "Encoder",
     "EncoderDecoder",
     "GINAdapter",
@@ -38,12 +41,14 @@ __all__ = [
     "LinearVirtualNode",
     "MVPFormer",
     "Readout",
+    "RelationalAttention",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
     "SetTransformer",
     "SinusoidalPositions",
     "SpatialGate",
+    "SuperAttention",
     "Transformer",
     "UpDownMask",
     "VariationalAttention",
