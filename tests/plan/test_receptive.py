@@ -54,6 +54,13 @@ def test_members_and_heads_unite() -> None:
     assert sc.receptive_field("hepos(2)", 64, heads=2, layers=1).coverage == (1.0,)
 
 
+def test_layers_that_differ_run_in_order() -> None:
+    up = sc.receptive_field(["window(2)", "strided(8)"], 16)
+    assert up.coverage == pytest.approx([31 / 136, (31 + 8 + 7) / 136])
+    assert sc.receptive_field(["sink(1)", "chunk(8)"], 16).coverage[1] == pytest.approx((64 + 64 + 8) / 256)
+    assert sc.receptive_field(["chunk(8)", "sink(1)"], 16).coverage[1] == pytest.approx((64 + 64 + 64) / 256)
+
+
 def test_grids() -> None:
     m = sc.mechanism("na(3)").on_grid((8, 8))
     assert sc.receptive_field(m, 64).hops == 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,17 @@ class ReceptiveField:
 
 
 def receptive_field(
-    mechanism: str | Mechanism, length: int, *, heads: int = 1, layers: int | None = None, block: int = 1
+    mechanism: str | Mechanism | Sequence[str | Mechanism],
+    length: int,
+    *,
+    heads: int = 1,
+    layers: int | None = None,
+    block: int = 1,
 ) -> ReceptiveField:
     """The receptive field of stacked layers of a mechanism over `length` tokens, by boolean matrix products.
 
-    Layers are added until all is covered, nothing more is gained, or `layers` is reached. `heads` matters to masks that
+    Layers are added until all is covered, nothing more is gained, or `layers` is reached; where they differ, give the
+    mechanism of each, the first layer first. `heads` matters to masks that
     differ between heads, whose union a layer reads. With `block` the tokens are grouped, and a group reads another as soon
     as one of its tokens reads one: an upper bound at a lower price. Raises NotSupported for choices by content.
 
@@ -50,27 +56,39 @@ def receptive_field(
     >>> receptive_field("powerattention(1)", 64).reach[:4]
     (2, 6, 14, 30)
     """
-    m = parse(mechanism)
+    alike = isinstance(mechanism, str | Mechanism)
+    given = [parse(m) for m in ((mechanism,) if isinstance(mechanism, str | Mechanism) else mechanism)]
     count = -(-length // block)
-    if not 1 <= count <= LARGEST or block < 1:
+    if not given or not 1 <= count <= LARGEST or block < 1:
         raise ValueError(
-            f"receptive_field follows 1 to {LARGEST:,} tokens or blocks of tokens, got {length} tokens in blocks of {block}"
+            f"receptive_field follows 1 to {LARGEST:,} tokens or blocks of tokens through at least one layer, got {length} "
+            f"tokens in blocks of {block} and {len(given)} layers"
         )
-    once = torch.eye(count, dtype=torch.bool)
-    for pairs in _layers(m, heads):
-        once |= _reads(pairs, length, block)
     i, j = torch.arange(count)[:, None], torch.arange(count)[None]
-    wanted = j <= i if m.causal else torch.ones_like(once)
-    step, found = once.float(), once
-    coverage, reach = [_share(found, wanted)], [_gapless(found, wanted)]
-    while coverage[-1] < 1.0 and len(coverage) != layers:
-        new = found.float() @ step > 0
-        if torch.equal(new, found):
+    causal = all(m.causal for m in given)
+    wanted = j <= i if causal else torch.ones(count, count, dtype=torch.bool)
+    found, coverage, reach = torch.eye(count, dtype=torch.bool), [], []
+    step, last = found.float(), layers or (LARGEST if alike else len(given))
+    for n in range(last):
+        if n < len(given):
+            step = _step(given[n], length, heads, block).float()
+        new = step @ found.float() > 0
+        if alike and n and torch.equal(new, found):
             break
         found = new
         coverage.append(_share(found, wanted))
         reach.append(_gapless(found, wanted))
+        if coverage[-1] == 1.0:
+            break
     return ReceptiveField(length, tuple(coverage), tuple(reach))
+
+
+def _step(m: Mechanism, length: int, heads: int, block: int) -> Tensor:
+    """What one layer connects, the token itself included."""
+    found = torch.eye(-(-length // block), dtype=torch.bool)
+    for pairs in _layers(m, heads):
+        found |= _reads(pairs, length, block)
+    return found
 
 
 def _layers(m: Mechanism, heads: int) -> Iterator[Pairs]:
