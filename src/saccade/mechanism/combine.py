@@ -10,7 +10,14 @@ from saccade.mechanism.text import KINDS, mechanism
 from saccade.parts.base import PARTS, call_text
 
 _SMALL = (2, 3, (2, 3))  # every range in use admits one of them: some widths are odd, some parts list lengths
-_HELP = ("causal", "elu1", "causal + elu1", "ratio", "causal + ratio")  # what a part may need besides
+_HELP = (
+    "causal",
+    "additive",
+    "elu1",
+    "causal + elu1",
+    "ratio",
+    "causal + ratio",
+)  # what a part may need besides
 
 
 def example(name: str) -> str:
@@ -39,6 +46,15 @@ def refusal(*texts: str) -> str | None:
     except (MechanismError, NotSupported) as error:
         return str(error)
     return None
+
+
+def legal(name: str) -> str:
+    """The shortest legal text that holds a part. Raises MechanismError where none was found."""
+    text = example(name)
+    for other in ("", *_HELP):
+        if refusal(*filter(None, (other, text))) is None:
+            return " + ".join(filter(None, (other, text)))
+    raise MechanismError(f"{text} stands in no sum: {refusal(text)}")
 
 
 @dataclasses.dataclass(frozen=True)
