@@ -35,7 +35,7 @@ SINGLE = {
 
 
 def drawn(rng: random.Random) -> list[str]:
-    """Texts of the parts of one sum."""
+    """Texts of the parts of one sum; in two of three, parts are left out one by one until it is legal."""
     by_kind: dict[str, list[str]] = {}
     for name in combine.words():
         by_kind.setdefault(PARTS[name].kind, []).append(combine.example(name))
@@ -52,6 +52,9 @@ def drawn(rng: random.Random) -> list[str]:
         ]
         found += rng.sample(by_kind["tokens"] + by_kind["output"], 1)
     rng.shuffle(found)
+    mend = rng.random() < 2 / 3
+    while mend and len(found) > 1 and combine.refusal(*found) is not None:
+        found.pop(rng.randrange(len(found)))
     return found
 
 
@@ -124,7 +127,7 @@ def test_random_sums_equal_their_definition_or_are_refused(batch: int) -> None:
                 f"{text}: a gradient of shape {tuple(x.shape)} differs"
             )
         outcomes["ran"] += 1
-    assert outcomes["ran"] >= DRAWS // BATCHES // 3, outcomes
+    assert outcomes["ran"] >= DRAWS // BATCHES // 2, outcomes
     assert outcomes["refused"], outcomes
 
 

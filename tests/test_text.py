@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saccade as sc
-from saccade.mechanism import names
+from saccade.mechanism import combine, names
 from saccade.mechanism.values import Pairwise, Recurrent
+from saccade.parts.base import PARTS
 from saccade.parts.mask import Causal, Chunk, Sink, Strided, Window
 from saccade.parts.select import MeanKey, TopBlocks
 from saccade.parts.tokens import Rope
@@ -85,25 +86,11 @@ def test_the_causal_form_round_trips_too(text: str) -> None:
 
 
 def test_every_name_stands_in_some_text() -> None:
-    arguments = {
-        "window": "4",
-        "neighborhood": "5",
-        "dilated": "3",
-        "strided": "2",
-        "chunk": "4",
-        "kv_heads": "2",
-        "rope_linear": "2",
-        "rope_ntk": "2",
-        "rope_yarn": "2",
-    }
-    inside = {"by_head", "mix", "join", "mean_key"}
+    inside = {"by_head", "mix", "join", *(name for name, c in PARTS.items() if c.kind == "proxy")}
     for name, maker in names().items():
         if name in inside or name.startswith("test_") or maker.__module__ == "broken":
             continue
-        text = f"{name}({arguments[name]})" if name in arguments else name
-        text = {"fixed_decay": "causal + identity + fixed_decay", "ratio": "elu1 + ratio"}.get(name, text)
-        text = {"favor": "favor + ratio", "learned_query": "learned_query + causal"}.get(name, text)
-        m = sc.mechanism(text)
+        m = sc.mechanism(combine.legal(name) if name in PARTS else name)
         assert sc.mechanism(str(m)) == m
 
 

@@ -7,7 +7,7 @@ from saccade.insight import draw
 from saccade.mechanism import ByHead, Join, Mechanism, Mix, Pairwise, Recurrent, causal, mechanism, system
 from saccade.parts.normalizer import merge
 from saccade.parts.state import State
-from saccade.plan import Attended, Plan, Weights, attend, init_state, plan
+from saccade.plan import Attended, Plan, ReceptiveField, Weights, attend, init_state, plan, receptive_field
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "NotSupported",
     "Pairwise",
     "Plan",
+    "ReceptiveField",
     "Recurrent",
     "Shape",
     "State",
@@ -34,6 +35,7 @@ __all__ = [
     "merge",
     "nn",
     "plan",
+    "receptive_field",
     "reference",
     "system",
     "systems",

@@ -40,6 +40,13 @@ def test_equals_the_definition(text: str) -> None:
     agree(draw(text, rows=cells(text)), "grid")
 
 
+@pytest.mark.parametrize("rows", [1, 30, 64, 150])
+@pytest.mark.parametrize("limit", ["", "causal + "])
+def test_a_shuffled_order(limit: str, rows: int) -> None:
+    agree(draw(f"{limit}permuted(9, length=60)", rows=rows, kv=2), "grid")
+    agree(draw(f"{limit}permuted(301, length=60, seed=3)", rows=rows, kv=1), "grid")
+
+
 @pytest.mark.parametrize("text", ["na(3, grid=(6, 11))", "na(9, dilation=2, grid=(37,))"])
 @pytest.mark.parametrize("kv", [1, 2])
 def test_grouped_heads_and_another_value_size(text: str, kv: int) -> None:
@@ -105,9 +112,9 @@ def test_what_it_refuses() -> None:
     ):
         with pytest.raises(NotSupported, match="takes no mask and no padding"):
             sc.attend(q, q, q, "na(3)", grid=(3, 4), kernel="grid", **options)
-    with pytest.raises(NotSupported, match=r"grid: runs na\(...\) alone"):
+    with pytest.raises(NotSupported, match=r"grid: runs na\(...\) or permuted"):
         sc.attend(q, q, q, "window(3)", kernel="grid")
-    with pytest.raises(NotSupported, match="for all 12 cells of the grid at once"):
+    with pytest.raises(NotSupported, match="for all 12 cells at once"):
         sc.attend(
             q[:, :, :5], q[:, :, :5], q[:, :, :5], "na(3, causal_axes=true)", grid=(3, 4), kernel="grid"
         )

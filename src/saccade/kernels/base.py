@@ -20,7 +20,7 @@ def preparation_flops(m: Pairwise, r: Request) -> int:
     rows = s.keys if m.summary is None else m.summary.rows(s.keys)
     q, k = m.score.token_flops(s.head_dim)
     sizes = Sizes(s.heads, s.kv_heads, s.head_dim, s.value_dim)
-    q += sum(p.row_flops(sizes) for p in m.parts())
+    q += sum(p.row_flops(sizes, rows) for p in m.parts())
     flops = s.batch * (s.heads * s.length * q + s.kv_heads * rows * k)
     if m.summary is not None:
         flops += 2 * s.batch * s.kv_heads * rows * s.keys * (s.head_dim + s.value_dim)

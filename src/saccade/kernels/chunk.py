@@ -23,6 +23,8 @@ def softmax_only(m: Mechanism) -> list[str]:
     if not isinstance(m, Pairwise):
         return [f"runs pairwise mechanisms, this one is {m.family}"]
     why = []
+    if m.pairs.by_head:
+        why.append("pairs differ between heads")
     if not m.score.factored:
         why.append(f"the score {m.score.name} is no dot product of prepared vectors")
     if type(m.normalizer) is not Softmax:
@@ -52,7 +54,9 @@ def tile_sizes(m: Pairwise, r: Request) -> tuple[int, int]:
     if pairs.horizon is not None or isinstance(pairs, Neighborhood):
         return (64, 4096) if r.device == "cpu" else (512, 8192)
     numbers = CACHE_NUMBERS["cpu" if r.device == "cpu" else "cuda"]
+    grain = max((n for p in pairs.leaves() if (n := getattr(p, "grain", None))), default=None)
     rows = 128 if r.device == "cpu" else 1024
+    rows = rows if grain is None else min(rows, -(-32 // grain) * grain)
     stacks = min(r.shape.batch * r.shape.heads, 8)
     return rows, max(256, min(8192, numbers // max(1, rows * stacks) // ALIGN * ALIGN))
 

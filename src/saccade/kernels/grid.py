@@ -1,4 +1,4 @@
-"""Neighbourhoods on grids: a tile of the grid against the rectangle of keys that it can reach, many tiles at once.
+"""Neighbourhoods on grids and in shuffled order: a tile of cells against the keys that it can reach, many tiles at once.
 
 Tiles whose masks look alike (all those in the middle, those along one border, ...) form a group, which runs as one batch
 with one mask. A row meets all its keys in its own tile, so nothing is merged; backward recomputes each tile. (Hassani et
@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ from saccade.kernels.slab import bound_inputs, rebind
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.base import Side
 from saccade.parts.grid import Axis, GridNeighborhood
+from saccade.parts.mask import And, Causal, Pairs
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, Program, Tile
+from saccade.parts.pattern import Permuted
 
 NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
 SIDES = (1, 2, 4, 8, 16, 32, 64, 128)
-PER_KEY, PER_TILE = 24, 512
+PER_KEY, PER_TILE, SHUFFLED = 24, 512, 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Group:
-    """Tiles of the grid that look alike: cell numbers (T, Q) and (T, K), and who reads whom (Q, K); None where all do."""
+    """Tiles of one size: cell numbers (T, Q) and (T, K), and who reads whom, (Q, K) or (T, Q, K); None where all do."""
 
     cells: Tensor
     keys: Tensor
@@ -88,6 +90,36 @@ def groups(mask: GridNeighborhood, sides: tuple[int, ...], device: str) -> tuple
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=32)
+def shuffled_groups(mask: Permuted, causal: bool, tokens: int, device: str) -> tuple[Group, ...]:
+    """Tiles of a shuffled order, `SHUFFLED` tokens each, by how many keys they reach."""
+    place, at = mask.place(torch.arange(tokens)).sort()
+    alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for a in range(0, tokens, SHUFFLED):
+        rows = slice(a, min(tokens, a + SHUFFLED))
+        ends = place[[a, rows.stop - 1]] + torch.tensor([-(mask.width // 2), mask.width // 2 + 1])
+        lo, hi = torch.searchsorted(place, ends).tolist()
+        alike.setdefault((rows.stop - a, hi - lo), []).append((at[rows], at[lo:hi]))
+    found = []
+    for tiles in alike.values():
+        cells, keys = (torch.stack(x) for x in zip(*tiles, strict=True))
+        near = mask.exist(cells.unsqueeze(2), keys.unsqueeze(1))
+        near = near & (keys.unsqueeze(1) <= cells.unsqueeze(2)) if causal else near
+        found.append(Group(cells.to(device), keys.to(device), near.to(device)))
+    return tuple(found)
+
+
+def tiling(pairs: Pairs, tokens: int, device: str) -> tuple[Group, ...] | None:
+    """The tiles of an expression over whole self-attention, or None where it is none of those that fall into tiles."""
+    if isinstance(pairs, GridNeighborhood):
+        return groups(pairs, tile_sides(pairs), device)
+    atoms = pairs.parts if isinstance(pairs, And) else (pairs,)
+    shuffled = [p for p in atoms if isinstance(p, Permuted)]
+    if len(shuffled) == 1 and all(p == Causal() for p in atoms if p is not shuffled[0]):
+        return shuffled_groups(shuffled[0], len(atoms) > 1, tokens, device)
+    return None
+
+
 @functools.lru_cache(maxsize=1024)
 def totals(axis: Axis, side: int) -> tuple[int, int, int]:
     """Pairs, keys and tiles of one axis, summed over its tiles."""
@@ -115,7 +147,9 @@ def batches(group: Group, each: int, device: str) -> Iterator[Group]:
     size = each * group.cells.shape[1] * group.keys.shape[1]
     step = max(1, NUMBERS["cpu" if device == "cpu" else "cuda"] // max(1, size))
     for a in range(0, group.cells.shape[0], step):
-        yield replace(group, cells=group.cells[a : a + step], keys=group.keys[a : a + step])
+        cut = slice(a, a + step)
+        near = group.near[cut] if group.near is not None and group.near.dim() == 3 else group.near
+        yield Group(group.cells[cut], group.keys[cut], near)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -156,7 +190,8 @@ def evaluate(
     for part in m.logits:
         s = part.tile(s, t)
     if group.near is not None:
-        s = s + torch.zeros((), dtype=s.dtype, device=s.device).where(group.near, -torch.inf)
+        near = group.near if group.near.dim() == 2 else group.near.repeat(batch, 1, 1)[:, None]
+        s = s + torch.zeros((), dtype=s.dtype, device=s.device).where(near, -torch.inf)
     if type(m.normalizer) is Softmax:
         w, total = torch.softmax(s, -1), torch.logsumexp(s, -1) if lse else None
     else:
@@ -250,7 +285,7 @@ def run(program: Program, tiles: tuple[Group, ...], lse: bool) -> tuple[Tensor, 
 
 
 class GridKernel(Kernel):
-    """Neighbourhoods on grids, at a cost that follows the window; any score and logits, gradients anywhere."""
+    """Neighbourhoods on grids and in shuffled order, at a cost that follows the window; any score and logits, gradients anywhere."""
 
     name = "grid"
 
@@ -261,11 +296,11 @@ class GridKernel(Kernel):
         if not isinstance(m, Pairwise):
             return [f"runs pairwise mechanisms, this one is {m.family}"]
         why = []
-        if not isinstance(m.pairs, GridNeighborhood):
-            return [f"runs na(...) alone, not {m.pairs}"]
-        cells = math.prod(m.pairs.grid or ())
+        cells = math.prod(m.pairs.grid or ()) if isinstance(m.pairs, GridNeighborhood) else r.shape.keys
         if r.shape.length != cells or r.shape.keys != cells or r.decoding:
-            why.append(f"for all {cells} cells of the grid at once")
+            why.append(f"for all {cells} cells at once")
+        elif tiling(m.pairs, cells, "cpu") is None:
+            return [f"runs na(...) or permuted(...) alone, not {m.pairs}"]
         if r.masked or r.ragged:
             why.append("takes no mask and no padding beside the grid")
         if m.summary is not None or m.tiles is not None:
@@ -278,12 +313,15 @@ class GridKernel(Kernel):
 
     def cost(self, m: Mechanism, r: Request) -> Cost:
         assert isinstance(m, Pairwise)
-        assert isinstance(m.pairs, GridNeighborhood)
-        s, sides = r.shape, tile_sides(m.pairs)
-        area, reached, _ = (math.prod(x) for x in zip(*map(totals, m.pairs.axes, sides), strict=True))
+        s = r.shape
+        tiles = tiling(m.pairs, s.keys, "cpu")
+        assert tiles is not None
+        area = sum(t.cells.numel() * t.keys.shape[1] for t in tiles)
+        reached = sum(t.keys.numel() for t in tiles)
         stacks, temporaries = s.batch * s.heads, m.score.temporaries(s.head_dim)
         flops = stacks * area * (m.score.pair_flops(s.head_dim) + 2 * s.value_dim) * (4 if r.grad else 1)
-        calls, sizes = _sizes(m.pairs, sides, stacks * (1 + temporaries), r.device)
+        parts = [p for t in tiles for p in batches(t, stacks * (1 + temporaries), r.device)]
+        sizes = {(p.cells.numel(), p.keys.numel(), p.cells.numel() * p.keys.shape[1]) for p in parts}
         q, k, v, o = r.tensor_bytes()
         per_cell = s.batch * s.heads * (s.head_dim + s.value_dim)
         per_key = s.batch * s.kv_heads * (s.head_dim + s.value_dim)
@@ -302,27 +340,16 @@ class GridKernel(Kernel):
             peak += q + (q + k + v) * r.wide // r.item + 2 * weight_bytes(m, r)
         times = 4 if r.grad else 1
         return Cost(
-            flops + preparation_flops(m, r), times * (q + k + v + o + traffic), peak, 20 * times * calls
+            flops + preparation_flops(m, r), times * (q + k + v + o + traffic), peak, 20 * times * len(parts)
         )
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
-        assert isinstance(m.pairs, GridNeighborhood)
         program = Program.bind(m, c)
         names, tensors = bound_inputs(program)
-        tiles = groups(m.pairs, tile_sides(m.pairs), str(c.q.device))
+        tiles = tiling(m.pairs, r.shape.keys, str(c.q.device))
+        assert tiles is not None
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             out, lse = Attend.apply(program, tiles, r.lse, names, *tensors)
             return out, lse if lse.numel() or not out.numel() else None
         return run(program, tiles, r.lse)
-
-
-@functools.lru_cache(maxsize=256)
-def _sizes(
-    mask: GridNeighborhood, sides: tuple[int, ...], each: int, device: str
-) -> tuple[int, frozenset[tuple[int, int, int]]]:
-    """How many batches of tiles run, and the cells, keys and pairs of each kind of batch."""
-    parts = [p for g in groups(mask, sides, "cpu") for p in batches(g, each, device)]
-    return len(parts), frozenset(
-        (p.cells.numel(), p.keys.numel(), p.cells.numel() * p.keys.shape[1]) for p in parts
-    )

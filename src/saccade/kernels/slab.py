@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Pairs, cover
+from saccade.parts.mask import cover
 from saccade.parts.pair import Context, Program
 
 SLAB = 128
@@ -31,12 +31,14 @@ def slab_rows(m: Pairwise, r: Request) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def slab_area(pairs: Pairs, rows: int, keys: int, size: int) -> tuple[int, int, int]:
+def slab_area(m: Pairwise, rows: int, keys: int, size: int) -> tuple[int, int, int]:
     """Pairs computed, the largest slab, and the number of slabs, of one head."""
     offset, slabs = keys - rows, []
     for r0 in range(0, rows, size):
         r1 = min(rows, r0 + size)
-        slabs.append((r1 - r0) * sum(hi - lo for lo, hi in cover(pairs, r0 + offset, r1 + offset, keys)))
+        spans = cover(m.pairs, r0 + offset, r1 + offset, keys)
+        spans = [(spans[0][0], spans[-1][1])] if spans and m.sweeps else spans
+        slabs.append((r1 - r0) * sum(hi - lo for lo, hi in spans))
     return sum(slabs), max(slabs, default=0), len(slabs)
 
 
@@ -149,7 +151,7 @@ class SlabKernel(Kernel):
         keys = m.summary.rows(s.keys) if m.summary is not None else s.keys
         size = slab_rows(m, r)
         if not r.ragged:
-            area, largest, count = slab_area(m.pairs, s.length, keys, size)
+            area, largest, count = slab_area(m, s.length, keys, size)
         else:
             area, largest, count = s.length * keys, min(size, s.length) * keys, -(-s.length // size)
         stacks = s.batch * s.heads

@@ -9,17 +9,24 @@ from saccade.errors import MechanismError, NotSupported
 from saccade.mechanism.text import KINDS, mechanism
 from saccade.parts.base import PARTS, call_text
 
-_WHOLE = 2  # every range in use admits it
-_HELP = ("causal", "elu1", "causal + elu1", "ratio", "causal + ratio")  # what a part may need besides
+_SMALL = (2, 3, (2, 3))  # every range in use admits one of them: some widths are odd, some parts list lengths
+_HELP = (
+    "causal",
+    "additive",
+    "elu1",
+    "causal + elu1",
+    "ratio",
+    "causal + ratio",
+)  # what a part may need besides
 
 
 def example(name: str) -> str:
     """The text of a part with its defaults, and small numbers where it has none."""
     cls = PARTS[name]
     required = [f for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
-    for number in (_WHOLE, _WHOLE + 1):  # some widths are odd
+    for value in _SMALL:
         try:
-            return call_text(name, cls(**{f.name: number for f in required}))
+            return call_text(name, cls(**{f.name: value for f in required}))
         except MechanismError as error:
             last = error
     raise last
@@ -39,6 +46,15 @@ def refusal(*texts: str) -> str | None:
     except (MechanismError, NotSupported) as error:
         return str(error)
     return None
+
+
+def legal(name: str) -> str:
+    """The shortest legal text that holds a part. Raises MechanismError where none was found."""
+    text = example(name)
+    for other in ("", *_HELP):
+        if refusal(*filter(None, (other, text))) is None:
+            return " + ".join(filter(None, (other, text)))
+    raise MechanismError(f"{text} stands in no sum: {refusal(text)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,6 +246,11 @@ class Pairwise(Mechanism):
         """True when position alone decides which pairs exist."""
         return is_static(self.pairs)
 
+    @property
+    def sweeps(self) -> bool:
+        """True when a part runs along the keys of a row, and so must see all between the first and the last."""
+        return any(p.reach == "sweep" for p in self.logits)
+
     def kv_heads(self, heads: int) -> int:
         return heads if self.heads is None else self.heads.kv_heads(heads)
 

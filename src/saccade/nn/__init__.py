@@ -2,32 +2,45 @@
 
 from saccade.nn import convert
 from saccade.nn.attention import Attention
+from saccade.nn.complex import ComplexAttention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
+from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
+from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
+from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
+from saccade.nn.variational import Readout, VariationalAttention
 
 __all__ = [
     "CBAM",
     "ISAB",
     "MAB",
+    "MPNN",
     "PMA",
     "SAB",
     "Attention",
     "ChannelGate",
+    "ComplexAttention",
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
+    "GINAdapter",
+    "GINAttention",
     "GaussianGate",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
+    "LinearVirtualNode",
+    "MVPFormer",
+    "Readout",
     "RelationalAttention",
     "ResidualAttention",
     "ResidualAttentionNetwork",
@@ -38,5 +51,11 @@ __all__ = [
     "SuperAttention",
     "Transformer",
     "UpDownMask",
+    "VariationalAttention",
+    "VirtualNodeLayer",
+    "add_gin_adapters",
+    "choose_head_scale",
     "convert",
+    "head_scales",
+    "tune_head_scales",
 ]

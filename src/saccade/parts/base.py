@@ -117,6 +117,7 @@ class Part:
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     buffer_names: ClassVar[tuple[str, ...]] = ()
+    head_bound: ClassVar[bool] = False  # True where the formula asks which of how many heads it stands in
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -156,8 +157,8 @@ class Part:
         """Tensors that are kept beside the weights and change only by an explicit refresh."""
         return {}
 
-    def row_flops(self, sizes: Sizes) -> int:
-        """Matrix FLOPs that a query row costs a head besides its pairs."""
+    def row_flops(self, sizes: Sizes, keys: int) -> int:
+        """Matrix FLOPs that a query row costs a head besides its pairs, for so many keys."""
         return 0
 
     def refresh(
@@ -192,13 +193,13 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
         if not value:
             raise MechanismError(f"{owner}: {name} has a value an axis or head, got ()")
         for one in value:
-            check_argument(owner, name, one, several[0], limits)
+            check_argument(owner, f"each of {name}", one, several[0], limits)
         return
+    if several and not simple and several[0] in (int, float, bool):
+        raise MechanismError(
+            f"{owner}: {name} must be numbers in brackets, as in (4, 8), got {value_text(value)}"
+        )
     if not simple:
-        return
-    if isinstance(value, tuple) and any(typing.get_origin(t) is tuple for t in allowed):
-        for entry in value:
-            check_argument(owner, f"each of {name}", entry, int, limits)
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = any(

@@ -128,7 +128,7 @@ class GridNeighborhood(Mask):
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Each axis of the grid. Raises ValueError where no grid was given."""
+        """Each axis of the grid. Raises NotSupported where no grid was given."""
         if self.grid is None:
             raise ValueError(
                 f"{self} reads neighbours on a grid: give one, as in attend(..., grid=(height, width))"

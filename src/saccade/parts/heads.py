@@ -116,7 +116,8 @@ class LearnedQuery(Heads):
 
     name = "learned_query"
     learned_query = True
-    needs = frozenset({"key order"})
+    needs = frozenset({"key order", "one query for all rows"})
+    gives = frozenset({"one query for all rows"})
 
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
         return {"query": Weight((sizes.heads, sizes.head_dim), std=1.0)}

@@ -52,6 +52,7 @@ class Alibi(StaticBias):
 
     name = "alibi"
     needs = frozenset({"exp"})
+    head_bound = True
 
     def bias(self, i: Tensor, j: Tensor, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
         slopes = torch.tensor(alibi_slopes(heads), device=i.device, dtype=dtype).view(heads, 1, 1)

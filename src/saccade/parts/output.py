@@ -43,7 +43,12 @@ class OutNorm(Output):
 
 @dataclass(frozen=True)
 class OutGate(Output):
-    """out times sigmoid of a stream, one number a head and token (Qiu et al., Gated Attention for LLMs, 2025)."""
+    """out times sigmoid of a stream, one number a head and token (Qiu et al., Gated Attention for LLMs, 2025).
+
+    With `rest` it is times what is left of 1: two members of a mix with shares (1, 1) then divide one gate.
+    """
+
+    rest: bool = False
 
     name = "out_gate"
 
@@ -51,4 +56,5 @@ class OutGate(Output):
         return {"out_gate": Stream("q")}
 
     def map(self, out: Tensor, c: Context) -> Tensor:
-        return out * torch.sigmoid(c.streams["out_gate"]).unsqueeze(-1).to(out.dtype)
+        gate = c.streams["out_gate"]
+        return out * torch.sigmoid(-gate if self.rest else gate).unsqueeze(-1).to(out.dtype)

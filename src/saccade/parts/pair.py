@@ -217,6 +217,8 @@ class Program:
         if c.offset is None:
             return [(0, self.keys)]
         found = cover(self.pairs, r0 + c.offset, r1 + c.offset, c.start + self.keys)
+        if found and self.mechanism.sweeps:  # a sweep passes every key up to the row's own
+            found = [(found[0][0], max(found[-1][1], min(c.start + self.keys, r1 + c.offset)))]
         return [(max(0, lo - c.start), hi - c.start) for lo, hi in found if hi > c.start]
 
     def columns(self, spans: list[Span]) -> Tensor:
@@ -326,7 +328,7 @@ class Program:
     def mix(self, w: Tensor, t: Tile) -> Tensor:
         """The weighted values of a tile, and what its pairs bring besides."""
         out = grouped_matmul(w, t.v.to(w.dtype))
-        for part in self.mechanism.value:
+        for part in self.mechanism.value if t.cols.numel() else ():
             out = out + part.tile(w, t)
         return out
 

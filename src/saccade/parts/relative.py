@@ -91,7 +91,7 @@ class RelTable(Relative, Logits):
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
         return {"rel_table": Weight((2 * self.clip + 1, sizes.head_dim), std=sizes.head_dim**-0.5)}
 
-    def row_flops(self, sizes: Sizes) -> int:
+    def row_flops(self, sizes: Sizes, keys: int) -> int:
         return 2 * (2 * self.clip + 1) * sizes.head_dim
 
     def tile(self, s: Tensor, t: Tile) -> Tensor:
@@ -110,7 +110,7 @@ class RelValue(Relative, Value):
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
         return {"rel_value": Weight((2 * self.clip + 1, sizes.value_dim), std=sizes.value_dim**-0.5)}
 
-    def row_flops(self, sizes: Sizes) -> int:
+    def row_flops(self, sizes: Sizes, keys: int) -> int:
         return 2 * (2 * self.clip + 1) * sizes.value_dim
 
     def tile(self, w: Tensor, t: Tile) -> Tensor:

@@ -95,6 +95,7 @@ class Additive(Score):
     hidden: int = arg(32, at_least=1)
 
     name = "additive"
+    gives = frozenset({"additive"})
     breaks = frozenset({"bilinear"})
 
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
@@ -123,3 +124,14 @@ class Additive(Score):
 
     def temporaries(self, head_dim: int) -> int:
         return 2 * self.hidden
+
+
+@dataclass(frozen=True)
+class Uniform(Score):
+    """s = 0: all keys of a row weigh alike, so that softmax is their mean."""
+
+    name = "uniform"
+    factored = True
+
+    def prepare(self, c: Context) -> tuple[Tensor, Tensor]:
+        return c.q * 0, c.k

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.parts.base import Part, Sizes, Weight
+from saccade.parts.normalizer import Softmax
 
 if TYPE_CHECKING:
     from saccade.parts.pair import Context
@@ -29,11 +30,10 @@ class Slots(Part):
         wide = torch.promote_types(like.dtype, torch.float32)
         logits, values = self.rows(c)
         logits = logits.to(wide).expand(*like.shape[:3], -1)
-        lse = torch.logsumexp(logits, -1)
+        weights, lse = Softmax().normalize(logits)
         if values is None:
             return torch.zeros_like(like), lse
-        weights = torch.softmax(logits, -1).unsqueeze(-1)
-        return (weights * values.to(wide)).sum(-2).to(like.dtype), lse
+        return (weights.unsqueeze(-1) * values.to(wide)).sum(-2).to(like.dtype), lse
 
 
 @dataclass(frozen=True)

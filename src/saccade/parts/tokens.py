@@ -53,6 +53,7 @@ class Rotary(TokenMap):
     """Rotate the pairs (x_m, x_{m + d/2}) of a head vector by its position times the pair's rate."""
 
     needs = frozenset({"bilinear"})
+    breaks = frozenset({"one query for all rows"})
 
     def rates(self, d: int, device: torch.device) -> Tensor:
         """Radians a token for each pair of d channels, (d / 2,) float64."""

@@ -97,7 +97,7 @@ def check_grid(m: Mechanism, q: Tensor, k: Tensor, state: State | None, grid: Se
     rows, keys = q.shape[2], k.shape[2] + (state.length if state is not None else 0)
     for cells_of in {tuple(grid)} if grid is not None and not m.grids else m.grids:
         if cells_of is None:
-            raise ValueError(f"{m} stands on a grid: give one, as in attend(..., grid=(height, width))")
+            raise NotSupported(f"{m} stands on a grid: give one, as in attend(..., grid=(h, w))")
         cells = math.prod(cells_of)
         if keys > cells or (state is None and rows != keys) or (keys != cells and not m.causal):
             raise ValueError(

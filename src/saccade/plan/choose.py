@@ -20,11 +20,13 @@ from saccade.kernels.chunk import ChunkKernel
 from saccade.kernels.decode import DecodeKernel
 from saccade.kernels.flex import FlexKernel
 from saccade.kernels.grid import GridKernel
+from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
 from saccade.kernels.recurrent import RecurrentKernel
 from saccade.kernels.scan import ScanKernel
 from saccade.kernels.sdpa import SdpaKernel, backend
 from saccade.kernels.slab import SlabKernel
+from saccade.kernels.thin import ThinKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.mask import Pairs
@@ -83,6 +85,7 @@ def _has_lse(m: Mechanism) -> bool:
 
 KERNELS: tuple[Kernel, ...] = (
     SdpaKernel(),
+    ThinKernel(),
     DecodeKernel(),
     ChunkKernel(),
     BlockKernel(),
@@ -91,6 +94,7 @@ KERNELS: tuple[Kernel, ...] = (
     ScanKernel(),
     RecurrentKernel(),
     MixerKernel(),
+    MeanKernel(),
     FlexKernel(),
     SlabKernel(),
     ReferenceKernel(),
@@ -314,7 +318,7 @@ def make(m: Mechanism, r: Request, kernel: str | None = None) -> Plan:
             f"{m}: {m.output[0]} changes the output after the mix, so (out, lse) would not merge; ask for the lse of "
             f"{core(m)}"
         )
-    if isinstance(m, Pairwise) and m.pairs.by_head:
+    if isinstance(m, Pairwise) and m.pairs.by_head and not any(p.head_bound for p in m.parts()):
         return _per_head(m, r, kernel)
     found = []
     inner, asked = core(m), _core_request(m, r)

@@ -82,7 +82,7 @@ class AxialTable(Logits):
         shape = (sizes.heads, 2 * self.span + 1, sizes.head_dim)
         return {f"rel_axis_{a}": Weight(shape, std=sizes.head_dim**-0.5) for a in range(self.axes)}
 
-    def row_flops(self, sizes: Sizes) -> int:
+    def row_flops(self, sizes: Sizes, keys: int) -> int:
         return 2 * self.axes * (2 * self.span + 1) * sizes.head_dim
 
     def tile(self, s: Tensor, t: Tile) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from saccade.mechanism import Pairwise, system
+from saccade.parts.count import ContextCount
+from saccade.parts.mask import Causal
 from saccade.parts.relative import RelTable, RelValue
 
 
@@ -13,3 +15,12 @@ def shaw_rpr(clip: int = 16) -> Pairwise:
     (Shaw et al., Self-Attention with Relative Position Representations, 2018.)
     """
     return Pairwise(logits=(RelTable(clip),), value=(RelValue(clip),))
+
+
+@system("cope_contextual", ref="S143")
+def cope_contextual(most: int = 16) -> Pairwise:
+    """Causal attention whose distances count tokens that a gate of query and key lets through.
+
+    (Golovneva et al., Contextual Position Encoding: Learning to Count What's Important, 2024.)
+    """
+    return Pairwise(pairs=Causal(), logits=(ContextCount(most),))

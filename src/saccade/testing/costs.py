@@ -40,6 +40,8 @@ def cost_growth(s: Subject) -> str:
             raise Skip(str(error).splitlines()[0][:100]) from None
         counted.append(counter.get_total_flops())
         claimed.append(p.cost.flops)
+    if not counted[1] and not claimed[1]:
+        raise Skip("no matrix products, counted or claimed")
     grown, said = (math.log2(x[1] / max(1, x[0])) for x in (counted, claimed))
     ratio = claimed[1] / max(1, counted[1])
     limit = 0.25 if s.selects else 0.03

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from saccade.errors import NotSupported
-from saccade.mechanism import Pairwise
 from saccade.mechanism import mechanism as parse
 from saccade.parts.normalizer import merge
 from saccade.parts.state import State
@@ -92,7 +91,7 @@ def merging(s: Subject) -> str:
     qkv, named = s.qkv(), s.named()
     if s.learned_query:
         raise Skip("one query a head: its prefix scan is this merge")
-    if isinstance(s.mechanism, Pairwise) and s.mechanism.slots is not None:
+    if s.slots:
         raise Skip("its slots stand in every part, and would count in each")
     selection = s.selection(qkv, named)
     options: dict[str, Any] = {"selection": selection} if selection is not None else {}

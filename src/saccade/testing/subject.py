@@ -50,6 +50,10 @@ class Subject:
         return isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query
 
     @property
+    def slots(self) -> bool:
+        return isinstance(self.mechanism, Pairwise) and self.mechanism.slots is not None
+
+    @property
     def selects(self) -> bool:
         return any(getattr(p, "choose", None) is not None for p in self.mechanism.parts())
 
