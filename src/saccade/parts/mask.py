@@ -6,6 +6,8 @@ Legend: i is a query position, j a key position, True means that i may read j.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -72,8 +74,8 @@ class Mask(Pairs):
 
 
 @dataclass(frozen=True)
-class And(Pairs):
-    """Pairs that every member has."""
+class Joined(Pairs):
+    """An expression over several members."""
 
     parts: tuple[Pairs, ...] = ()
 
@@ -83,66 +85,49 @@ class And(Pairs):
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
         return all(p.shift_invariant for p in self.parts)
+
+    @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        return any(p.by_head for p in self.parts)
+
+    def at(self, head: int, heads: int) -> Pairs:
+        return functools.reduce(
+            operator.and_ if isinstance(self, And) else operator.or_,
+            (p.at(head, heads) for p in self.parts),
+        )
+
+    def leaves(self) -> tuple[Pairs, ...]:
+        return tuple(leaf for p in self.parts for leaf in p.leaves())
+
+
+@dataclass(frozen=True)
+class And(Joined):
+    """Pairs that every member has."""
 
     @property
     def looks_back(self) -> bool:  # type: ignore[override]
         return any(p.looks_back for p in self.parts)
 
     @property
-    def by_head(self) -> bool:  # type: ignore[override]
-        return any(p.by_head for p in self.parts)
-
-    def at(self, head: int, heads: int) -> Pairs:
-        first, *rest = (p.at(head, heads) for p in self.parts)
-        for p in rest:
-            first = first & p
-        return first
-
-    @property
     def horizon(self) -> int | None:
         return min((h for p in self.parts if (h := p.horizon) is not None), default=None)
-
-    def leaves(self) -> tuple[Pairs, ...]:
-        return tuple(leaf for p in self.parts for leaf in p.leaves())
 
     def __str__(self) -> str:
         return " & ".join(f"({p})" if isinstance(p, Or) else str(p) for p in self.parts)
 
 
 @dataclass(frozen=True)
-class Or(Pairs):
+class Or(Joined):
     """Pairs that any member has."""
-
-    parts: tuple[Pairs, ...] = ()
-
-    def __post_init__(self) -> None:
-        pass
-
-    @property
-    def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(p.shift_invariant for p in self.parts)
 
     @property
     def looks_back(self) -> bool:  # type: ignore[override]
         return all(p.looks_back for p in self.parts)
 
     @property
-    def by_head(self) -> bool:  # type: ignore[override]
-        return any(p.by_head for p in self.parts)
-
-    def at(self, head: int, heads: int) -> Pairs:
-        first, *rest = (p.at(head, heads) for p in self.parts)
-        for p in rest:
-            first = first | p
-        return first
-
-    @property
     def horizon(self) -> int | None:
         hs = [p.horizon for p in self.parts]
         return None if None in hs else max(h for h in hs if h is not None)
-
-    def leaves(self) -> tuple[Pairs, ...]:
-        return tuple(leaf for p in self.parts for leaf in p.leaves())
 
     def __str__(self) -> str:
         return " | ".join(f"({p})" if isinstance(p, And) else str(p) for p in self.parts)
