@@ -63,6 +63,7 @@ SYSTEMS = [
     "causal + comateformer",
     "tapa",
     "causal + tapa(0.3, alpha=1.0)",
+    "pointer_network(8)",
     "relaxed_attention",
     "relaxed_attention(0.2, causal=true)",
     "adaptive_attention",
