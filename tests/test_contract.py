@@ -63,6 +63,8 @@ SYSTEMS = [
     "causal + comateformer",
     "tapa",
     "causal + tapa(0.3, alpha=1.0)",
+    "mta(3, keys=5)",
+    "causal + mta",
     "pointer_network(8)",
     "relaxed_attention",
     "relaxed_attention(0.2, causal=true)",

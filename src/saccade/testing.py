@@ -293,8 +293,8 @@ def grouped_heads(s: Subject) -> str:
     qkv = s.qkv(groups=groups)
     repeat = HEADS // groups
     wide = [qkv[0], *(x.repeat_interleave(repeat, 1) for x in qkv[1:])]
-    sizes = Sizes(HEADS, groups, HEAD_DIM, VALUE_DIM)
-    kv_side = {n for n, w in m.weights(sizes).items() if w.shape[0] == groups != HEADS}
+    shared, own = (m.weights(Sizes(HEADS, g, HEAD_DIM, VALUE_DIM)) for g in (groups, HEADS))
+    kv_side = {n for n, w in shared.items() if w.shape != own[n].shape}
     named_wide: Named = {
         "params": {
             n: x.repeat_interleave(repeat, 0) if n in kv_side else x for n, x in named["params"].items()
@@ -424,8 +424,8 @@ def merging(s: Subject) -> str:
     qkv, named = s.qkv(), s.named()
     if s.learned_query:
         raise Skip("one query a head: its prefix scan is this merge")
-    if _has_slots(s.mechanism):
-        raise Skip("the slots belong to every row, so two halves would count them twice")
+    if isinstance(s.mechanism, Pairwise) and (s.mechanism.slots is not None or s.mechanism.output):
+        raise Skip("slots and output maps come after the merge")
     selection = s.selection(qkv, named)
     options: dict[str, Any] = {"selection": selection} if selection is not None else {}
     j = torch.arange(LENGTH, device=s.device)
@@ -532,8 +532,8 @@ def _twin(
     if isinstance(m, Pairwise) and not s.learned_query and not bucketed:
         program = Program.bind(m, map_tokens(m.tokens, c, c.k.shape[2]))
         t = program.tile(slice(0, program.rows), [(0, program.keys)])
-        rough = m.score.tile(t).float()
-        for part in m.logits:
+        rough = program.logits(t).to(dtype).float() if m.halo != (0, 0, 0) else m.score.tile(t).float()
+        for part in m.logits if m.halo == (0, 0, 0) else ():
             rough = part.tile(rough, t).to(dtype).float()
         exist = program.exist(t)
         w, lse = m.normalizer.normalize(rough if exist is None else rough.masked_fill(~exist, -torch.inf), t)
