@@ -11,6 +11,7 @@ from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scal
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.mvpformer import MVPFormer
+from saccade.nn.pointer import PointerNetwork
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
@@ -40,6 +41,7 @@ __all__ = [
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "PointerNetwork",
     "Readout",
     "RelationalAttention",
     "ResidualAttention",

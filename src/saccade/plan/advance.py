@@ -68,12 +68,8 @@ def init_state(
                 "lse": torch.full((batch, h), -torch.inf, dtype=wide, device=device),
             }
         )
-    return State(
-        {
-            n: torch.empty(batch, kv_heads, 0, d, dtype=dtype, device=device)
-            for n, d in (("k", head_dim), ("v", e))
-        }
-    )
+    kept = {"k": (kv_heads, head_dim), "v": (kv_heads, e)} | ({"q": (h, head_dim)} if m.halo[0] else {})
+    return State({n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()})
 
 
 def _relative(m: Mechanism) -> str:
@@ -160,8 +156,15 @@ def _advance_cache(
         )
     mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
     start, horizon = state.start, m.pairs.horizon if m.static else None
+    above, left, _ = m.halo
+    if above and (c.mask is not None or any(x.side == "q" for x in m.streams(c.sizes).values())):
+        raise NotSupported(
+            f"{m} keeps its last {above} queries in the state, but not their masks and streams; call it whole instead"
+        )
+    q = torch.cat((state.tensors["q"], mapped.q), 2) if above else mapped.q
+    horizon = horizon + above + left if horizon is not None else None
     grad = request(c, lse).grad
-    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=c.v)
+    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=mapped.v)
     if grad:
         after = replace(after, room={})
     keys, values = after.tensors["k"], after.tensors["v"]
@@ -169,14 +172,18 @@ def _advance_cache(
         drop = keys.shape[2] - (horizon - 1)
         kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
         after = State(kept, after.length, start + drop)
+    if above:
+        after = replace(after, tensors=after.tensors | {"q": q[:, :, -above:].clone()})
     past = state.length > 0
     mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., start:]
-    bound = replace(mapped, k=keys, v=values, mask=mask, offset=state.length, start=start, decoding=past)
+    bound = replace(mapped, q=q, k=keys, v=values, mask=mask, start=start, decoding=past)
+    bound = replace(bound, offset=state.length + new - q.shape[2])
     empty = empty_answer(m, bound, lse)
-    if empty is not None:
-        return *empty, after
-    out, found = make(m, request(bound, lse, past), kernel).run(bound)
-    return out, found, after
+    out, found = empty if empty is not None else make(m, request(bound, lse, past), kernel).run(bound)
+    first = q.shape[2] - new
+    if not first:
+        return out, found, after
+    return out[:, :, first:], None if found is None else found[:, :, first:], after
 
 
 def _advance_recurrent(
