@@ -4,7 +4,9 @@ from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.mvpformer import MVPFormer
+from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 
 __all__ = [
@@ -14,9 +16,14 @@ __all__ = [
     "EncoderDecoder",
     "LearnedPositions",
     "MVPFormer",
+    "PositionalAttention",
+    "PositionalBlock",
     "SinusoidalPositions",
+    "SkimAttention",
+    "Skimformer",
     "Transformer",
     "choose_head_scale",
     "head_scales",
+    "skimming_mask",
     "tune_head_scales",
 ]
