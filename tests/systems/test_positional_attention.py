@@ -94,10 +94,12 @@ class Model(nn.Module):
         super().__init__()
         self.positional = positional
         self.encoder, self.decoder = nn.Linear(width if positional else width + 8, dim), nn.Linear(dim, 1)
-        block: Callable[[], nn.Module] = lambda: (
-            sc.nn.PositionalBlock(dim, heads, max_length=8) if positional else ContentBlock(dim, heads)
+        self.blocks = nn.Sequential(
+            *(
+                sc.nn.PositionalBlock(dim, heads, max_length=8) if positional else ContentBlock(dim, heads)
+                for _ in range(3)
+            )
         )
-        self.blocks = nn.Sequential(block(), block(), block())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dim() == 3 else x.unsqueeze(-1)

@@ -22,7 +22,9 @@ class BoxEmbedding(nn.Module):
         """Boxes (B, n, 4) of whole numbers x0 <= x1 and y0 <= y1 in 0..size-1, to (B, n, dim)."""
         x0, y0, x1, y1 = boxes.unbind(-1)
         if boxes.numel() and (int(boxes.min()) < 0 or int(boxes.max()) >= self.size):
-            raise ValueError(f"box coordinates must lie in 0..{self.size - 1}, got {boxes.min()} to {boxes.max()}")
+            raise ValueError(
+                f"box coordinates must lie in 0..{self.size - 1}, got {boxes.min()} to {boxes.max()}"
+            )
         if bool(((x1 < x0) | (y1 < y0)).any()):
             raise ValueError("a box is (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1")
         sides = (x0, y0, x1, y1, x1 - x0, y1 - y0)
@@ -42,10 +44,15 @@ class SkimAttention(nn.Module):
     def forward(self, boxes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Boxes (B, n, 4) to weights (B, heads, n, n); later tokens than `lengths` (B,) get none."""
         layout = self.boxes(boxes)
-        q, k = (p(layout).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query_proj, self.key_proj))
+        q, k = (
+            p(layout).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for p in (self.query_proj, self.key_proj)
+        )
         s = q @ k.mT / math.sqrt(q.shape[-1])
         if lengths is not None:
-            s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= lengths[:, None, None, None], -1e30)
+            s = s.masked_fill(
+                torch.arange(s.shape[-1], device=s.device) >= lengths[:, None, None, None], -1e30
+            )
         return torch.softmax(s, -1)
 
 
