@@ -4,6 +4,7 @@ from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.mvpformer import MVPFormer
+from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
@@ -16,6 +17,8 @@ __all__ = [
     "EncoderDecoder",
     "LearnedPositions",
     "MVPFormer",
+    "PathAttention",
+    "PathState",
     "PositionalAttention",
     "PositionalBlock",
     "SinusoidalPositions",
@@ -24,6 +27,7 @@ __all__ = [
     "Transformer",
     "choose_head_scale",
     "head_scales",
+    "path_attention",
     "skimming_mask",
     "tune_head_scales",
 ]
