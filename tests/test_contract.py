@@ -69,6 +69,7 @@ SYSTEMS = [
     "mhe(mode=add)",
     "causal + moh(top=1, shared=2)",
     "causal + optimised_attention",
+    "afa",
     "luong_attention(score=dot)",
     "luong_attention(score=general, local=monotonic)",
     "luong_attention(score=concat)",

@@ -35,6 +35,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.borrows = borrows
         self.attention = Attention(dim, heads, mechanism, borrows=borrows)
         self.cross_norm = nn.LayerNorm(dim) if cross is not None else None
         self.cross = Attention(dim, heads, cross) if cross is not None else None
@@ -49,10 +50,11 @@ class Block(nn.Module):
         kv: KeysValues | None = None,
         losses: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        need = ("out",) if losses is None else ("out", "losses")
-        found = self.attention(self.norm1(x), key_lengths=lengths, kv=kv, need=need)
+        borrowed: dict[str, Any] = {} if kv is None else {"kv": kv}
         if losses is None:
-            return self._rest(x + found, memory, memory_lengths)
+            mixed = self.attention(self.norm1(x), key_lengths=lengths, **borrowed)
+            return self._rest(x + mixed, memory, memory_lengths)
+        found = self.attention(self.norm1(x), key_lengths=lengths, need=("out", "losses"), **borrowed)
         for name, loss in found.losses.items():
             losses[name] = losses[name] + loss if name in losses else loss
         return self._rest(x + found.out, memory, memory_lengths)
@@ -69,7 +71,8 @@ class Block(nn.Module):
         memory_lengths: Tensor | None = None,
         kv: KeysValues | None = None,
     ) -> tuple[Tensor, State]:
-        mixed, state = self.attention.step(self.norm1(x), state, kv=kv)
+        borrowed: dict[str, Any] = {} if kv is None else {"kv": kv}
+        mixed, state = self.attention.step(self.norm1(x), state, **borrowed)
         return self._rest(x + mixed, memory, memory_lengths), state
 
     def _rest(self, x: Tensor, memory: Tensor | None, memory_lengths: Tensor | None) -> Tensor:
@@ -155,17 +158,17 @@ class Transformer(nn.Module):
 
     def _keys_values(self, block: Block, x: Tensor, kv: KeysValues | None) -> KeysValues | None:
         """The keys and values that a block reads: its owner's, or None where nothing is shared."""
-        if self.share == 1 or block.attention.borrows:
+        if self.share == 1 or block.borrows:
             return kv
         return block.keys_values(x)
 
     def init_state(self, batch: int) -> list[State]:
         """One state a block that makes keys and values, before the first token."""
-        return [block.attention.init_state(batch) for block in self.blocks if not block.attention.borrows]
+        return [block.attention.init_state(batch) for block in self.blocks if not block.borrows]
 
     def step(self, tokens: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Logits of new tokens (B, n) after the tokens that the states have seen, and the states after them."""
-        owners = sum(not block.attention.borrows for block in self.blocks)
+        owners = sum(not block.borrows for block in self.blocks)
         if len(states) != owners:
             raise ValueError(
                 f"{owners} blocks keep a state, got {len(states)} states; start from init_state(...)"
@@ -176,7 +179,7 @@ class Transformer(nn.Module):
         for n, block in enumerate(self.blocks):
             kv = self._keys_values(block, x, kv)
             x, state = block.step(x, states[n // self.share], kv=kv)
-            if not block.attention.borrows:
+            if not block.borrows:
                 after.append(state)
         return self._logits(x), after
 

@@ -2,6 +2,7 @@
 
 from saccade.systems import (
     aaren,
+    afa,
     bam,
     catalogue,
     comateformer,
@@ -33,6 +34,7 @@ from saccade.systems import (
 
 __all__ = [
     "aaren",
+    "afa",
     "bam",
     "catalogue",
     "comateformer",
