@@ -64,6 +64,10 @@ class Mask(Pairs):
         """Key intervals, ascending and disjoint, that cover all keys that rows [i0, i1) may read."""
         return [(0, keys)]
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        """True when rows [i0, i1) surely read the same keys; False also where it is not known."""
+        return False
+
     def count(self, i0: int, i1: int, keys: int) -> int:
         """How many pairs rows [i0, i1) have, counted by evaluating `exist` on the covered spans."""
         total = 0
@@ -195,6 +199,18 @@ def static_exist(pairs: Pairs, i: Tensor, j: Tensor) -> Tensor:
         return out
     assert isinstance(pairs, Mask)
     return pairs.exist(i, j)
+
+
+def rows_exist(pairs: Pairs, i: Tensor, j: Tensor, i0: int, i1: int) -> Tensor:
+    """The same for rows i (Q, 1) from i0 to i1; one row (1, K) where all of them surely read the same keys."""
+    terms = pairs.parts if isinstance(pairs, And) else (pairs,)
+    rest = [t for t in terms if not isinstance(t, Causal)]
+    if not all(isinstance(leaf, Mask) and leaf.uniform(i0, i1) for t in rest for leaf in t.leaves()):
+        return static_exist(pairs, i, j)
+    out = torch.ones_like(j, dtype=torch.bool)
+    for t in rest:
+        out = out & static_exist(t, i[:1], j)
+    return out & (j <= i) if len(rest) < len(terms) and bool((j > i0).any()) else out
 
 
 def is_static(pairs: Pairs) -> bool:
@@ -353,6 +369,9 @@ class Chunk(Mask):
 
     name = "chunk"
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        return i0 // self.size == (i1 - 1) // self.size
+
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return torch.div(i, self.size, rounding_mode="floor") == torch.div(
             j, self.size, rounding_mode="floor"
@@ -369,6 +388,9 @@ class Sink(Mask):
     first: int = arg(4, at_least=1)
 
     name = "sink"
+
+    def uniform(self, i0: int, i1: int) -> bool:
+        return True
 
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return (j < self.first) & (i > -1)
