@@ -17,6 +17,7 @@ from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
 from saccade.parts.pair import Context, Program, map_tokens
 from saccade.parts.state import State
+from saccade.parts.tokens import TokenMap
 from saccade.plan.choose import combine, finish, make
 from saccade.plan.place import empty_answer, request, zeros
 from saccade.reference import by_head
@@ -146,6 +147,13 @@ def _state_text(state: State) -> str:
     return ", ".join(own + [f"({_state_text(s)})" for s in state.members])
 
 
+@functools.lru_cache(maxsize=1024)
+def _unkept_streams(m: Pairwise, sizes: Sizes) -> list[str]:
+    """Streams of keys that tiles read; those of token maps are used up when a token comes."""
+    parts = (p for p in m.parts() if not isinstance(p, TokenMap))
+    return [n for p in parts for n, x in p.streams(sizes).items() if x.side == "k"]
+
+
 def _advance_cache(
     m: Pairwise, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
@@ -155,6 +163,11 @@ def _advance_cache(
             f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
         )
     mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
+    unkept = _unkept_streams(m, c.sizes)
+    if unkept:
+        raise NotSupported(
+            f"{m}: a state does not keep streams of keys, such as {unkept[0]}; call it whole instead"
+        )
     start, horizon = state.start, m.pairs.horizon if m.static else None
     above, left, _ = m.halo
     if above and (c.mask is not None or any(x.side == "q" for x in m.streams(c.sizes).values())):
