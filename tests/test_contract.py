@@ -39,6 +39,7 @@ PLAIN = [
     "causal + rope_linear(4)",
     "rope_ntk(4)",
     "causal + rope_yarn(4, length=64)",
+    "axial_rope",
     "axial_rope(grid=(10, 16))",
     "causal + t5_bias",
     "t5_bias(two_sided=true)",
