@@ -3,6 +3,7 @@
 from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
+from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
@@ -17,6 +18,8 @@ __all__ = [
     "EncoderDecoder",
     "LearnedPositions",
     "MVPFormer",
+    "MonotonicLocation",
+    "MonotonicSeq2Seq",
     "PathAttention",
     "PathState",
     "PositionalAttention",
