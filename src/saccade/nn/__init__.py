@@ -10,6 +10,7 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pointer import PointerNetwork
@@ -44,6 +45,8 @@ __all__ = [
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "MonotonicLocation",
+    "MonotonicSeq2Seq",
     "PathAttention",
     "PathState",
     "PointerNetwork",
