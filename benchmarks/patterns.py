@@ -1,4 +1,4 @@
-"""The bars of patterns by document, block, head, order and grid: time by their share of pairs; writes results/patterns.json.
+"""The bars of static patterns: time by their share of pairs; writes results/patterns.json.
 
     python benchmarks/patterns.py [--quick] [--only WORD]
 
@@ -22,6 +22,14 @@ from saccade.parts.base import Sizes
 from saccade.parts.mask import Pairs, cover, static_exist
 
 PATTERNS: tuple[tuple[str, tuple[int, ...] | None], ...] = (
+    ("window(256)", None),
+    ("window(1024)", None),
+    ("dilated(128, step=8)", None),
+    ("strided(16)", None),
+    ("causal + chunk(512)", None),
+    ("neighborhood(513)", None),
+    ("causal + window(512) + sink(64)", None),
+    ("window(256) + strided(64)", None),
     ("document((1024, 3072, 2048, 2048))", None),
     ("causal + document((1024, 3072, 2048, 2048))", None),
     ("prefix(2048)", None),
