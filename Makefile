@@ -30,6 +30,7 @@ types: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/pairwise.py
+	$(BIN)/python benchmarks/patterns.py
 
 clean:
 	rm -rf $(VENV) demo

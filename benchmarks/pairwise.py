@@ -1,9 +1,8 @@
-"""The bars of pairwise parts: patterns by their share of pairs, images, sparse weights, rotations; writes results/pairwise.json.
+"""The bars of pairwise parts: images, sparse weights, rotations; writes results/pairwise.json.
 
     python benchmarks/pairwise.py [--quick] [--only WORD]
 
-Batch 1, 8 heads, head_dim 64, float32, medians. A pattern's bar is its time over its share of the pairs that
-scaled_dot_product_attention reads times that one's time: causal attention for patterns that look back, full for others.
+Batch 1, float32, medians.
 """
 
 from __future__ import annotations
@@ -21,44 +20,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import saccade as sc
-from bars import HEAD_DIM, HEADS, LENGTH, Bar, Measured, beside, qkv, run
-from saccade.parts.mask import static_exist
+from bars import HEADS, Bar, Measured, beside, qkv, run
 
-PATTERNS = (
-    "window(256)",
-    "window(1024)",
-    "dilated(128, step=8)",
-    "strided(16)",
-    "causal + chunk(512)",
-    "neighborhood(513)",
-    "causal + window(512) + sink(64)",
-    "window(256) | strided(64)",
-)
 SIDE, WINDOW = 64, 7
-
-
-def share(m: sc.Pairwise) -> float:
-    """Pairs that a pattern keeps, over those of causal attention, or of full attention where it looks ahead."""
-    kept = 0
-    keys = torch.arange(LENGTH)[None]
-    for rows in torch.arange(LENGTH).split(512):
-        kept += int(static_exist(m.pairs, rows[:, None], keys).sum())
-    return kept / (LENGTH * (LENGTH + 1) / 2 if m.causal else LENGTH**2)
-
-
-def pattern(text: str, grad: bool, count: int) -> Measured:
-    """A pattern's time over its share of SDPA's."""
-    m = sc.mechanism(text)
-    assert isinstance(m, sc.Pairwise)
-    part = share(m)
-    found = beside(
-        lambda q, k, v: sc.attend(q, k, v, m),
-        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=m.causal),
-        qkv(grad=grad),
-        count,
-        1 / part,
-    )
-    return {**found, "share": part, "kernel": sc.plan(m, (1, HEADS, LENGTH, HEAD_DIM), grad=grad).kernel}
 
 
 def sparse(text: str, count: int) -> Measured:
@@ -123,16 +87,6 @@ def image_memory(count: int) -> Measured:
 
 
 BARS: list[Bar] = [
-    *(
-        (
-            f"{text} {'forward+backward' if grad else 'forward'} / its share of full",
-            functools.partial(pattern, text, grad),
-            "at most",
-            2.0 if grad else 1.6,
-        )
-        for text in PATTERNS
-        for grad in (False, True)
-    ),
     ("7x7 on a 64x64 image / FlexAttention compiled", image, "at most", 1.0),
     ("7x7 image memory, exponent in cells", image_memory, "at most", 1.1),
     ("entmax(1.5) / softmax at 2,048 keys", functools.partial(sparse, "entmax(1.5)"), "at most", 4.0),

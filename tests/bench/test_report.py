@@ -14,6 +14,7 @@ import pytest
 
 from browser import INSTALLED, MISSING, Browser, browser
 from saccade.bench import report
+from saccade.bench.report import words
 
 SPEED = (512, 1024, 2048, 4096, 8192)
 RECALL = (64, 320)
@@ -469,17 +470,17 @@ def test_patterns_are_drawn_square_by_square(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shown", "wanted"),
     [
-        (report._ms(0.03214), "0.0321 ms"),
-        (report._ms(4.6), "4.60 ms"),
-        (report._ms(999.6), "1.00 s"),
-        (report._ms(61_234), "61.2 s"),
-        (report._bytes(0), "0.00 B"),
-        (report._bytes(1023), "1,020 B"),
-        (report._bytes(12_345_678), "11.8 MiB"),
-        (report._bytes(5 * 2**40), "5.00 TiB"),
-        (report._significant(9.999), "10.0"),
-        (report._duration(59.6), "1 min 0 s"),
-        (report._duration(7_260), "2 h 1 min"),
+        (words.ms_text(0.03214), "0.0321 ms"),
+        (words.ms_text(4.6), "4.60 ms"),
+        (words.ms_text(999.6), "1.00 s"),
+        (words.ms_text(61_234), "61.2 s"),
+        (words.bytes_text(0), "0.00 B"),
+        (words.bytes_text(1023), "1,020 B"),
+        (words.bytes_text(12_345_678), "11.8 MiB"),
+        (words.bytes_text(5 * 2**40), "5.00 TiB"),
+        (words.significant(9.999), "10.0"),
+        (words.duration(59.6), "1 min 0 s"),
+        (words.duration(7_260), "2 h 1 min"),
     ],
 )
 def test_numbers_are_for_people(shown: str, wanted: str) -> None:

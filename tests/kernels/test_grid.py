@@ -10,7 +10,7 @@ import torch
 import saccade as sc
 from kernels.harness import agree, answer, draw, within_budget
 from saccade.errors import NotSupported
-from saccade.kernels.grid import groups, strips, tile_sides
+from saccade.kernels.tiles import groups, strips, tile_sides
 from saccade.parts.grid import Axis, GridNeighborhood
 
 LINES = [
@@ -72,7 +72,7 @@ def test_lengths_that_no_tile_divides(size: int) -> None:
 
 
 def test_many_batches_of_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saccade.kernels.grid.NUMBERS", {"cpu": 3000, "cuda": 3000})
+    monkeypatch.setattr("saccade.kernels.tiles.NUMBERS", {"cpu": 3000, "cuda": 3000})
     agree(draw("na(3, dilation=(1, 2), grid=(9, 10))", rows=90), "grid")
 
 

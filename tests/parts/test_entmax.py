@@ -135,7 +135,7 @@ def test_bad_arguments_and_what_entmax_does_not_have() -> None:
     with pytest.raises(sc.MechanismError, match="alibi needs exp"):
         sc.mechanism("causal + alibi + sparsemax")
     q, k, v = qkv(1, 2, 8, 4)
-    with pytest.raises(sc.NotSupported, match="entmax has no log-denominator"):
+    with pytest.raises(sc.NotSupported, match="rows have no log-denominator"):
         sc.attend(q, k, v, "entmax", need=("lse",))
 
 

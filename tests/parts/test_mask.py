@@ -27,6 +27,7 @@ from saccade.parts.mask import (
     cover,
     is_static,
     merge_spans,
+    rows_exist,
     split,
     static_exist,
 )
@@ -119,6 +120,9 @@ def claims_hold(pairs: Pairs) -> None:
         assert torch.equal(exist[:-3, :-3], exist[3:, 3:]), "it changes along the diagonal"
     if pairs.horizon is not None:
         assert not exist[(i - j).abs() >= pairs.horizon].any(), "it reads beyond its horizon"
+    for i0, i1 in ((0, 1), (0, 5), (8, 16), (12, 18), (21, N)):
+        found = rows_exist(pairs, i[i0:i1], j, i0, i1).expand(i1 - i0, N)
+        assert torch.equal(found, exist[i0:i1]), "rows that are said to be alike are not"
     for keys in (1, 13, N):
         for i0, i1 in ((0, 1), (0, 9), (8, 16), (17, 18), (30, N), (0, N)):
             spans = cover(pairs, i0, i1, keys)

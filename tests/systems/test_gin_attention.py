@@ -166,15 +166,15 @@ def low_rank(model: sc.nn.Transformer, rank: int) -> list[nn.Parameter]:
 def test_a_small_adapter_learns_most_of_what_full_tuning_does() -> None:
     old, new = source(0), source(1)
     model = sc.nn.Transformer(VOCAB, dim=64, depth=2, heads=4, max_length=LENGTH)
-    tune(model, list(model.parameters()), old, 150, 3e-3)
+    tune(model, list(model.parameters()), old, 100, 3e-3)
     whole, adapted, lora = (copy.deepcopy(model) for _ in range(3))
     with torch.no_grad():
         start = float(next_loss(model, texts(new, 500, torch.Generator().manual_seed(1))))
-    full = tune(whole, list(whole.parameters()), new, 150, 3e-3)
+    full = tune(whole, list(whole.parameters()), new, 100, 3e-3)
     total = sum(p.numel() for p in model.parameters())
     owned, ranked = sc.nn.add_gin_adapters(adapted, hidden=16), low_rank(lora, rank=8)
     sizes = [sum(p.numel() for p in ps) / total for ps in (owned, ranked)]
-    graph, thin = (tune(m, ps, new, 150, 1e-2) for m, ps in ((adapted, owned), (lora, ranked)))
+    graph, thin = (tune(m, ps, new, 100, 1e-2) for m, ps in ((adapted, owned), (lora, ranked)))
     gains = [(start - loss) / (start - full) for loss in (graph, thin)]
     print(
         f"loss {start:.3f} before, {full:.3f} tuned whole; share of the gain: GIN {gains[0]:.2f} by {sizes[0]:.3f} of "

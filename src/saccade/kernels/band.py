@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saccade.parts.logits import StaticBias
-from saccade.parts.mask import Full, Pairs, Span, cover, static_exist
+from saccade.parts.mask import Full, Pairs, Span, cover, rows_exist, static_exist
 
 ALIGN = 64
 CACHE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -71,7 +71,12 @@ class Band:
         else:
             i = (torch.arange(r0, r1, device=device) + self.offset)[:, None]
         j = (cols + self.start)[None]
-        exist = None if isinstance(self.pairs, Full) else static_exist(self.pairs, i, j)
+        if isinstance(self.pairs, Full):
+            exist = None
+        elif self.offset is None:
+            exist = static_exist(self.pairs, i, j)
+        else:
+            exist = rows_exist(self.pairs, i, j, r0 + self.offset, r1 + self.offset)
         if self.ends is not None:
             kept = (cols < self.ends[:, None])[:, None, None]
             exist = kept if exist is None else exist & kept

@@ -32,6 +32,7 @@ class DecodeKernel(Kernel):
         if isinstance(m, Pairwise):
             if not m.static:
                 why.append("pairs are chosen by content")
+            why += [f"{p.name} reads pairs around a pair" for p in m.logits if p.reach == "halo"]
             if m.tiles is not None:
                 why.append(f"tiles of {m.tiles.query} x {m.tiles.key} were demanded")
         if r.shape.length > ROWS:

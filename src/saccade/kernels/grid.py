@@ -1,7 +1,6 @@
 """Neighbourhoods on grids and in shuffled order: a tile of cells against the keys that it can reach, many tiles at once.
 
-Tiles whose masks look alike (all those in the middle, those along one border, ...) form a group, which runs as one batch
-with one mask. A row meets all its keys in its own tile, so nothing is merged; backward recomputes each tile. (Hassani et
+A row meets all its keys in its own tile, so nothing is merged; backward recomputes each tile. (Hassani et
 al., Faster Neighborhood Attention, 2024.)
 
 Legend: b batch, h query heads, g key-value heads, T tiles of a group, Q cells and K keys of one tile.
@@ -9,11 +8,8 @@ Legend: b batch, h query heads, g key-value heads, T tiles of a group, Q cells a
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,134 +18,12 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.slab import bound_inputs, rebind
+from saccade.kernels.tiles import Group, batches, tiling
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.base import Side
-from saccade.parts.grid import Axis, GridNeighborhood
-from saccade.parts.mask import And, Causal, Pairs
+from saccade.parts.grid import GridNeighborhood
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, Program, Tile
-from saccade.parts.pattern import Permuted
-
-NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
-SIDES = (1, 2, 4, 8, 16, 32, 64, 128)
-PER_KEY, PER_TILE, SHUFFLED = 24, 512, 64
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Tiles of one axis that look alike: coordinates of their cells (T, Q) and keys (T, K), and who reads whom (Q, K)."""
-
-    cells: Tensor
-    keys: Tensor
-    near: Tensor
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tiles of one size: cell numbers (T, Q) and (T, K), and who reads whom, (Q, K) or (T, Q, K); None where all do."""
-
-    cells: Tensor
-    keys: Tensor
-    near: Tensor | None
-
-
-@functools.lru_cache(maxsize=512)
-def strips(axis: Axis, side: int) -> tuple[Strip, ...]:
-    """The tiles of an axis, `side` cells of one class of dilation each, with the keys that they reach."""
-    alike: dict[tuple[int, int, bytes], tuple[list[Tensor], list[Tensor], Tensor]] = {}
-    for group in range(min(axis.dilation, axis.size)):
-        count = int(axis.members(group))
-        first, end = axis.bounds(torch.arange(count), count)
-        for a in range(0, count, side):
-            rows = slice(a, min(count, a + side))
-            lo, hi = int(first[rows].min()), int(end[rows].max())
-            keys = torch.arange(lo, hi)
-            near = (keys >= first[rows, None]) & (keys < end[rows, None])
-            cells = torch.arange(rows.start, rows.stop)
-            found = alike.setdefault((len(cells), len(keys), near.numpy().tobytes()), ([], [], near))
-            found[0].append(cells * axis.dilation + group)
-            found[1].append(keys * axis.dilation + group)
-    return tuple(Strip(torch.stack(c), torch.stack(k), near) for c, k, near in alike.values())
-
-
-@functools.lru_cache(maxsize=32)
-def groups(mask: GridNeighborhood, sides: tuple[int, ...], device: str) -> tuple[Group, ...]:
-    """All tiles of a grid, group by group."""
-    found = []
-    for parts in itertools.product(*(strips(a, s) for a, s in zip(mask.axes, sides, strict=True))):
-        cells, keys, near = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), None
-        for axis, strip in zip(mask.axes, parts, strict=True):
-            cells, keys = (
-                (old[:, None, :, None] * axis.size + new[None, :, None]).flatten(0, 1).flatten(1)
-                for old, new in ((cells, strip.cells), (keys, strip.keys))
-            )
-            both = strip.near if near is None else near[:, None, :, None] & strip.near[None, :, None]
-            near = both if near is None else both.flatten(0, 1).flatten(1)
-        assert near is not None
-        found.append(Group(cells.to(device), keys.to(device), None if bool(near.all()) else near.to(device)))
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=32)
-def shuffled_groups(mask: Permuted, causal: bool, tokens: int, device: str) -> tuple[Group, ...]:
-    """Tiles of a shuffled order, `SHUFFLED` tokens each, by how many keys they reach."""
-    place, at = mask.place(torch.arange(tokens)).sort()
-    alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-    for a in range(0, tokens, SHUFFLED):
-        rows = slice(a, min(tokens, a + SHUFFLED))
-        ends = place[[a, rows.stop - 1]] + torch.tensor([-(mask.width // 2), mask.width // 2 + 1])
-        lo, hi = torch.searchsorted(place, ends).tolist()
-        alike.setdefault((rows.stop - a, hi - lo), []).append((at[rows], at[lo:hi]))
-    found = []
-    for tiles in alike.values():
-        cells, keys = (torch.stack(x) for x in zip(*tiles, strict=True))
-        near = mask.exist(cells.unsqueeze(2), keys.unsqueeze(1))
-        near = near & (keys.unsqueeze(1) <= cells.unsqueeze(2)) if causal else near
-        found.append(Group(cells.to(device), keys.to(device), near.to(device)))
-    return tuple(found)
-
-
-def tiling(pairs: Pairs, tokens: int, device: str) -> tuple[Group, ...] | None:
-    """The tiles of an expression over whole self-attention, or None where it is none of those that fall into tiles."""
-    if isinstance(pairs, GridNeighborhood):
-        return groups(pairs, tile_sides(pairs), device)
-    atoms = pairs.parts if isinstance(pairs, And) else (pairs,)
-    shuffled = [p for p in atoms if isinstance(p, Permuted)]
-    if len(shuffled) == 1 and all(p == Causal() for p in atoms if p is not shuffled[0]):
-        return shuffled_groups(shuffled[0], len(atoms) > 1, tokens, device)
-    return None
-
-
-@functools.lru_cache(maxsize=1024)
-def totals(axis: Axis, side: int) -> tuple[int, int, int]:
-    """Pairs, keys and tiles of one axis, summed over its tiles."""
-    found = [(s.cells.shape[0], s.cells.shape[1], s.keys.shape[1]) for s in strips(axis, side)]
-    return sum(t * q * k for t, q, k in found), sum(t * k for t, _, k in found), sum(t for t, _, _ in found)
-
-
-@functools.lru_cache(maxsize=256)
-def tile_sides(mask: GridNeighborhood) -> tuple[int, ...]:
-    """Cells of a tile along each axis: whole groups of a stride, as little wasted work as can be."""
-    choices = []
-    for axis in mask.axes:
-        most = -(-axis.size // axis.dilation)
-        choices.append(sorted({min(most, -(-n // axis.stride) * axis.stride) for n in SIDES}))
-
-    def work(sides: tuple[int, ...]) -> int:
-        pairs, keys, tiles = (math.prod(x) for x in zip(*map(totals, mask.axes, sides), strict=True))
-        return pairs + PER_KEY * keys + PER_TILE * tiles
-
-    return min(itertools.product(*choices), key=work)
-
-
-def batches(group: Group, each: int, device: str) -> Iterator[Group]:
-    """The tiles of a group, as many at once as leave their logits in cache; `each` is what one pair takes."""
-    size = each * group.cells.shape[1] * group.keys.shape[1]
-    step = max(1, NUMBERS["cpu" if device == "cpu" else "cuda"] // max(1, size))
-    for a in range(0, group.cells.shape[0], step):
-        cut = slice(a, a + step)
-        near = group.near[cut] if group.near is not None and group.near.dim() == 3 else group.near
-        yield Group(group.cells[cut], group.keys[cut], near)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -163,6 +37,28 @@ def scatter(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
+def flat(x: Tensor, index: Tensor, stacks: int) -> Tensor:
+    """Tokens of x (b, h, n, d) for tiles (T, m), as (stacks T, r m, d): the r heads of a group become rows."""
+    found = x.index_select(2, index.flatten())
+    if x.shape[0] * x.shape[1] == stacks:
+        return found.view(-1, index.shape[1], x.shape[-1])
+    found = found.view(stacks, -1, *index.shape, x.shape[-1]).transpose(1, 2)
+    return found.reshape(stacks * len(index), -1, x.shape[-1])
+
+
+def unflat(x: Tensor, batch: int, heads: int, stacks: int, cells: int) -> Tensor:
+    """What `flat` made, (stacks T, r m, ...), as (b, h, T m, ...); `cells` is m."""
+    rest = x.shape[2:]
+    if batch * heads != stacks:
+        x = x.view(stacks, -1, batch * heads // stacks, cells, *rest).transpose(1, 2)
+    return x.reshape(batch, heads, -1, *rest)
+
+
+def plain(m: Pairwise) -> bool:
+    """Whether a mechanism is softmax of dot products alone."""
+    return m.score.factored and type(m.normalizer) is Softmax and not (m.logits or m.reweight)
+
+
 def side_of(program: Program, name: str) -> Side:
     """Whether an input belongs to the queries or to the keys."""
     return "q" if name == "q" else "k" if name in ("k", "v") else program.sides[name.removeprefix("stream.")]
@@ -171,9 +67,17 @@ def side_of(program: Program, name: str) -> Side:
 def evaluate(
     program: Program, group: Group, inputs: dict[str, Tensor], lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`(out (b T, h, Q, e), lse)` of gathered inputs."""
-    m, batch = program.mechanism, program.q.shape[0]
+    """`(out (b, h, T Q, e), lse)` of gathered inputs."""
+    m, (batch, heads) = program.mechanism, program.q.shape[:2]
     wide = torch.promote_types(program.q.dtype, torch.float32)
+    if plain(m):
+        q, k, v = (inputs[n].to(wide) for n in "qkv")
+        stacks, cells = batch * program.k.shape[1], group.cells.shape[1]
+        bias = _bias(group, stacks, q.shape[1] // cells, q)
+        s = torch.bmm(q, k.transpose(1, 2)) if bias is None else torch.baddbmm(bias, q, k.transpose(1, 2))
+        found = [torch.bmm(torch.softmax(s, -1), v), *([torch.logsumexp(s, -1)] if lse else [])]
+        found = [unflat(x, batch, heads, stacks, cells) for x in found]
+        return found[0], found[1] if lse else None
     i, j = (x.repeat(batch, 1)[:, None] for x in (group.cells, group.keys))
     t = Tile(
         inputs["q"].to(wide),
@@ -192,13 +96,19 @@ def evaluate(
     if group.near is not None:
         near = group.near if group.near.dim() == 2 else group.near.repeat(batch, 1, 1)[:, None]
         s = s + torch.zeros((), dtype=s.dtype, device=s.device).where(near, -torch.inf)
-    if type(m.normalizer) is Softmax:
-        w, total = torch.softmax(s, -1), torch.logsumexp(s, -1) if lse else None
-    else:
-        w, total = m.normalizer.normalize(s, t)
+    w, total = m.normalizer.normalize(s, t)
     for reweight in m.reweight:
         w = reweight.tile(w, t)
-    return program.mix(w, t), total
+    return scatter(program.mix(w, t), batch), None if total is None or not lse else scatter(total, batch)
+
+
+def _bias(group: Group, stacks: int, repeat: int, like: Tensor) -> Tensor | None:
+    """0 and -inf for the rows of plain tiles, broadcastable to (stacks T, repeat Q, K)."""
+    if group.near is None:
+        return None
+    bias = torch.zeros((), dtype=like.dtype, device=like.device).where(group.near, -torch.inf)
+    bias = bias if repeat == 1 else bias.repeat(*(1,) * (bias.dim() - 2), repeat, 1)
+    return bias if bias.dim() == 2 or stacks == 1 else bias.repeat(stacks, 1, 1)
 
 
 class Attend(torch.autograd.Function):
@@ -222,24 +132,24 @@ class Attend(torch.autograd.Function):
         sums = {
             n: torch.zeros_like(tensors[n], dtype=torch.promote_types(tensors[n].dtype, wide)) for n in wanted
         }
-        batch = program.q.shape[0]
         for group in _parts(program, tiles):
-            leaves = _leaves(program, group, tensors, set(wanted))
+            leaves = {
+                n: x.detach().requires_grad_(n in wanted) for n, x in _taken(program, group, tensors).items()
+            }
+            cells = group.cells.flatten()
             with torch.enable_grad():
                 out, total = evaluate(program, group, leaves, lse)
-                outputs, weights = [out], [gather(grads[0], group.cells).to(out.dtype)]
+                outputs, weights = [out], [grads[0].index_select(2, cells).to(out.dtype)]
                 if total is not None and grads[1].numel():
                     outputs.append(total)
-                    weights.append(gather(grads[1], group.cells).to(total.dtype))
+                    weights.append(grads[1].index_select(2, cells).to(total.dtype))
                 found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
             for n, step in zip(wanted, found, strict=True):
-                if step is None:
-                    continue
-                if n.startswith("param."):
+                if step is not None and n.startswith("param."):
                     sums[n] += step
-                else:
+                elif step is not None:
                     index = (group.cells if side_of(program, n) == "q" else group.keys).flatten()
-                    sums[n].index_add_(2, index, scatter(step, batch).to(sums[n].dtype))
+                    sums[n].index_add_(2, index, _given(program, group, n, step).to(sums[n].dtype))
         return (
             None,
             None,
@@ -256,15 +166,25 @@ def _parts(program: Program, tiles: tuple[Group, ...]) -> Iterator[Group]:
         yield from batches(group, each, program.q.device.type)
 
 
-def _leaves(
-    program: Program, group: Group, tensors: dict[str, Tensor], wanted: set[str] | None = None
-) -> dict[str, Tensor]:
-    found = {}
-    for n, x in tensors.items():
+def _taken(program: Program, group: Group, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of the whole sequence for the tiles of a group."""
+    found, stacks = {}, program.k.shape[0] * program.k.shape[1]
+    for n, x in inputs.items():
         if not n.startswith("param."):
-            x = gather(x, group.cells if side_of(program, n) == "q" else group.keys)
-        found[n] = x if wanted is None else x.detach().requires_grad_(n in wanted)
+            index = group.cells if side_of(program, n) == "q" else group.keys
+            x = flat(x, index, stacks) if plain(program.mechanism) else gather(x, index)
+        found[n] = x
     return found
+
+
+def _given(program: Program, group: Group, name: str, step: Tensor) -> Tensor:
+    """The gradient of what `_taken` answered under a name, as (b, h, T m, ...)."""
+    (batch, heads), owners = program.q.shape[:2], program.k.shape[1]
+    if not plain(program.mechanism):
+        return scatter(step, batch)
+    if name == "q":
+        return unflat(step, batch, heads, batch * owners, group.cells.shape[1])
+    return unflat(step, batch, owners, batch * owners, group.keys.shape[1])
 
 
 def run(program: Program, tiles: tuple[Group, ...], lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -276,11 +196,11 @@ def run(program: Program, tiles: tuple[Group, ...], lse: bool) -> tuple[Tensor, 
     out = torch.empty(b, h, rows, program.v.shape[-1], dtype=program.context.q.dtype, device=program.q.device)
     total: Tensor | None = None
     for group in _parts(program, tiles):
-        found, part = evaluate(program, group, _leaves(program, group, inputs), lse)
-        out.index_copy_(2, group.cells.flatten(), scatter(found, b).to(out.dtype))
+        found, part = evaluate(program, group, _taken(program, group, inputs), lse)
+        out.index_copy_(2, group.cells.flatten(), found.to(out.dtype))
         if lse and part is not None:
             total = out.new_empty((b, h, rows), dtype=wide) if total is None else total
-            total.index_copy_(2, group.cells.flatten(), scatter(part, b).to(wide))
+            total.index_copy_(2, group.cells.flatten(), part.to(wide))
     return out, total
 
 

@@ -42,6 +42,23 @@ def slab_area(m: Pairwise, rows: int, keys: int, size: int) -> tuple[int, int, i
     return sum(slabs), max(slabs, default=0), len(slabs)
 
 
+def _logit_flops(m: Pairwise, r: Request, area: int, keys: int, size: int) -> int:
+    """Matrix FLOPs of all logits of one head; a convolution reads a tile that its halo enlarges."""
+    pair, taps = m.score.pair_flops(r.shape.head_dim), sum(p.pair_flops() for p in m.logits)
+    above, left, right = m.halo
+    if above == left == right == 0:
+        return area * (pair + taps)
+    around = spanned = 0
+    for r0 in range(0, r.shape.length, size):
+        r1, offset = min(r.shape.length, r0 + size), keys - r.shape.length
+        found = cover(m.pairs, r0 + offset, r1 + offset, keys)
+        if found:
+            lo, hi = found[0][0], found[-1][1]
+            spanned += (r1 - r0) * (hi - lo)
+            around += (r1 - max(0, r0 - above)) * (min(keys, hi + right) - max(0, lo - left))
+    return around * pair + spanned * taps
+
+
 def evaluate(program: Program, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` of some rows from whole prepared q, k and v."""
     t = program.tile(rows, program.spans(rows.start, rows.stop), q, k, v)
@@ -137,8 +154,8 @@ class SlabKernel(Kernel):
         why = []
         if any(p.reach == "bucket" for p in m.parts()) and not r.decoding:
             why.append("attention runs inside buckets, which rows cross")
-        if r.lse and not m.normalizer.has_lse:
-            why.append(f"{m.normalizer.name} has no log-denominator")
+        if r.lse and not m.has_lse:
+            why.append("rows have no log-denominator by which parts over split keys would merge")
         if m.heads is not None and m.heads.learned_query:
             why.append("a learned query has its own prefix scan")
         if m.tiles is not None:
@@ -155,8 +172,9 @@ class SlabKernel(Kernel):
         else:
             area, largest, count = s.length * keys, min(size, s.length) * keys, -(-s.length // size)
         stacks = s.batch * s.heads
-        per_pair = m.score.pair_flops(s.head_dim) + 2 * s.value_dim
-        flops = stacks * area * per_pair * (4 if r.grad else 1) + preparation_flops(m, r)
+        after = 2 * s.value_dim + sum(p.pair_flops() for p in m.reweight)
+        flops = stacks * (area * after + _logit_flops(m, r, area, keys, size))
+        flops = flops * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
         temporaries, steps = m.score.temporaries(s.head_dim), len(m.logits) + len(m.reweight) + len(m.value)
         tile = stacks * largest * r.wide

@@ -242,6 +242,18 @@ class Pairwise(Mechanism):
         return tuple(p for p in self.parts() if type(p).extras is not Part.extras)
 
     @property
+    def has_lse(self) -> bool:
+        """True when a row over split keys merges by log-denominator: shares of pairs that do not see other pairs or heads."""
+        tied = any(p.reach in ("halo", "head") for p in (*self.logits, *self.reweight))
+        return self.normalizer.has_lse and not tied
+
+    @property
+    def halo(self) -> tuple[int, int, int]:
+        """Rows above, keys to the left and keys to the right that the logits of a pair depend on, all parts together."""
+        above, left, right = (sum(p.halo[n] for p in self.logits) for n in range(3))
+        return above, left, right
+
+    @property
     def static(self) -> bool:
         """True when position alone decides which pairs exist."""
         return is_static(self.pairs)

@@ -10,11 +10,16 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mvpformer import MVPFormer
+from saccade.nn.path import PathAttention, PathState, path_attention
+from saccade.nn.pointer import PointerNetwork
+from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
+from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
@@ -40,6 +45,13 @@ __all__ = [
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "MonotonicLocation",
+    "MonotonicSeq2Seq",
+    "PathAttention",
+    "PathState",
+    "PointerNetwork",
+    "PositionalAttention",
+    "PositionalBlock",
     "Readout",
     "RelationalAttention",
     "ResidualAttention",
@@ -47,6 +59,8 @@ __all__ = [
     "SentenceGate",
     "SetTransformer",
     "SinusoidalPositions",
+    "SkimAttention",
+    "Skimformer",
     "SpatialGate",
     "SuperAttention",
     "Transformer",
@@ -57,5 +71,7 @@ __all__ = [
     "choose_head_scale",
     "convert",
     "head_scales",
+    "path_attention",
+    "skimming_mask",
     "tune_head_scales",
 ]

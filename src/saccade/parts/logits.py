@@ -21,9 +21,18 @@ class Logits(Part):
     kind = "logits"
     static_bias: ClassVar[bool] = False
 
+    @property
+    def halo(self) -> tuple[int, int, int]:
+        """Rows above, keys to the left and keys to the right of a tile that a part with reach `halo` must see."""
+        return 0, 0, 0
+
     def tile(self, s: Tensor, t: Tile) -> Tensor:
-        """Logits (b, h, Q, K) in and out."""
+        """Logits (b, h, Q, K) in and out; with reach `halo` s is larger by it, zero where no pair exists."""
         raise NotImplementedError
+
+    def pair_flops(self) -> int:
+        """FLOPs of one pair that a counter of matrix products and convolutions sees."""
+        return 0
 
 
 class StaticBias(Logits):

@@ -6,6 +6,8 @@ Legend: i is a query position, j a key position, True means that i may read j.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -62,6 +64,10 @@ class Mask(Pairs):
         """Key intervals, ascending and disjoint, that cover all keys that rows [i0, i1) may read."""
         return [(0, keys)]
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        """True when rows [i0, i1) surely read the same keys; False also where it is not known."""
+        return False
+
     def count(self, i0: int, i1: int, keys: int) -> int:
         """How many pairs rows [i0, i1) have, counted by evaluating `exist` on the covered spans."""
         total = 0
@@ -72,8 +78,8 @@ class Mask(Pairs):
 
 
 @dataclass(frozen=True)
-class And(Pairs):
-    """Pairs that every member has."""
+class Joined(Pairs):
+    """An expression over several members."""
 
     parts: tuple[Pairs, ...] = ()
 
@@ -83,66 +89,49 @@ class And(Pairs):
     @property
     def shift_invariant(self) -> bool:  # type: ignore[override]
         return all(p.shift_invariant for p in self.parts)
+
+    @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        return any(p.by_head for p in self.parts)
+
+    def at(self, head: int, heads: int) -> Pairs:
+        return functools.reduce(
+            operator.and_ if isinstance(self, And) else operator.or_,
+            (p.at(head, heads) for p in self.parts),
+        )
+
+    def leaves(self) -> tuple[Pairs, ...]:
+        return tuple(leaf for p in self.parts for leaf in p.leaves())
+
+
+@dataclass(frozen=True)
+class And(Joined):
+    """Pairs that every member has."""
 
     @property
     def looks_back(self) -> bool:  # type: ignore[override]
         return any(p.looks_back for p in self.parts)
 
     @property
-    def by_head(self) -> bool:  # type: ignore[override]
-        return any(p.by_head for p in self.parts)
-
-    def at(self, head: int, heads: int) -> Pairs:
-        first, *rest = (p.at(head, heads) for p in self.parts)
-        for p in rest:
-            first = first & p
-        return first
-
-    @property
     def horizon(self) -> int | None:
         return min((h for p in self.parts if (h := p.horizon) is not None), default=None)
-
-    def leaves(self) -> tuple[Pairs, ...]:
-        return tuple(leaf for p in self.parts for leaf in p.leaves())
 
     def __str__(self) -> str:
         return " & ".join(f"({p})" if isinstance(p, Or) else str(p) for p in self.parts)
 
 
 @dataclass(frozen=True)
-class Or(Pairs):
+class Or(Joined):
     """Pairs that any member has."""
-
-    parts: tuple[Pairs, ...] = ()
-
-    def __post_init__(self) -> None:
-        pass
-
-    @property
-    def shift_invariant(self) -> bool:  # type: ignore[override]
-        return all(p.shift_invariant for p in self.parts)
 
     @property
     def looks_back(self) -> bool:  # type: ignore[override]
         return all(p.looks_back for p in self.parts)
 
     @property
-    def by_head(self) -> bool:  # type: ignore[override]
-        return any(p.by_head for p in self.parts)
-
-    def at(self, head: int, heads: int) -> Pairs:
-        first, *rest = (p.at(head, heads) for p in self.parts)
-        for p in rest:
-            first = first | p
-        return first
-
-    @property
     def horizon(self) -> int | None:
         hs = [p.horizon for p in self.parts]
         return None if None in hs else max(h for h in hs if h is not None)
-
-    def leaves(self) -> tuple[Pairs, ...]:
-        return tuple(leaf for p in self.parts for leaf in p.leaves())
 
     def __str__(self) -> str:
         return " | ".join(f"({p})" if isinstance(p, And) else str(p) for p in self.parts)
@@ -210,6 +199,18 @@ def static_exist(pairs: Pairs, i: Tensor, j: Tensor) -> Tensor:
         return out
     assert isinstance(pairs, Mask)
     return pairs.exist(i, j)
+
+
+def rows_exist(pairs: Pairs, i: Tensor, j: Tensor, i0: int, i1: int) -> Tensor:
+    """The same for rows i (Q, 1) from i0 to i1; one row (1, K) where all of them surely read the same keys."""
+    terms = pairs.parts if isinstance(pairs, And) else (pairs,)
+    rest = [t for t in terms if not isinstance(t, Causal)]
+    if not all(isinstance(leaf, Mask) and leaf.uniform(i0, i1) for t in rest for leaf in t.leaves()):
+        return static_exist(pairs, i, j)
+    out = torch.ones_like(j, dtype=torch.bool)
+    for t in rest:
+        out = out & static_exist(t, i[:1], j)
+    return out & (j <= i) if len(rest) < len(terms) and bool((j > i0).any()) else out
 
 
 def is_static(pairs: Pairs) -> bool:
@@ -368,6 +369,9 @@ class Chunk(Mask):
 
     name = "chunk"
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        return i0 // self.size == (i1 - 1) // self.size
+
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return torch.div(i, self.size, rounding_mode="floor") == torch.div(
             j, self.size, rounding_mode="floor"
@@ -384,6 +388,9 @@ class Sink(Mask):
     first: int = arg(4, at_least=1)
 
     name = "sink"
+
+    def uniform(self, i0: int, i1: int) -> bool:
+        return True
 
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return (j < self.first) & (i > -1)

@@ -95,8 +95,10 @@ def take_heads(c: Context, weights: Callable[[Sizes], dict[str, Weight]], heads:
     own = replace(c.sizes, heads=len(heads), kv_heads=len(owners))
     whole, cut = weights(c.sizes), weights(own)
 
-    def of(x: Tensor, dim: int) -> Tensor:
-        return pick(x, heads, dim) if x.shape[dim] == total else pick(x, owners, dim)
+    def of(x: Tensor, count: int) -> Tensor:
+        """Of one entry for so many heads each, those of `heads`: as many as the heads, or one where they share it."""
+        index = [h * x.shape[0] // total for h in heads]
+        return pick(x, index if count == len(heads) else list(dict.fromkeys(index)), 0)
 
     return replace(
         c,
@@ -105,10 +107,16 @@ def take_heads(c: Context, weights: Callable[[Sizes], dict[str, Weight]], heads:
         v=pick(c.v, owners, 1),
         mask=c.mask if c.mask is None or c.mask.shape[1] == 1 else pick(c.mask, heads, 1),
         params={
-            n: x if n in whole and whole[n].shape == cut[n].shape else of(x, 0) for n, x in c.params.items()
+            n: x if n not in whole or whole[n].shape == cut[n].shape else of(x, cut[n].shape[0])
+            for n, x in c.params.items()
         },
         streams={n: pick(x, heads, 1) if x.shape[1] == total else x for n, x in c.streams.items()},
-        buffers={n: of(x, 0) if x.shape[0] in (total, groups) else x for n, x in c.buffers.items()},
+        buffers={
+            n: of(x, len(heads) if x.shape[0] == total else len(owners))
+            if x.shape[0] in (total, groups)
+            else x
+            for n, x in c.buffers.items()
+        },
     )
 
 
@@ -306,12 +314,27 @@ class Program:
 
     def logits(self, t: Tile) -> Tensor:
         """Logits (b, h, Q, K), float32 or wider, -inf where no pair exists."""
-        wide = torch.promote_types(t.q.dtype, torch.float32)
-        s = self.mechanism.score.tile(replace(t, q=t.q.to(wide), k=t.k.to(wide)))
-        for part in self.mechanism.logits:
-            s = part.tile(s, t)
+        s = self._terms(t, len(self.mechanism.logits))
         exist = self.exist(t)
         return s if exist is None else s.masked_fill(~exist, -torch.inf)
+
+    def _terms(self, t: Tile, count: int) -> Tensor:
+        """The score of a tile after the first `count` logits parts."""
+        if not count:
+            wide = torch.promote_types(t.q.dtype, torch.float32)
+            return self.mechanism.score.tile(replace(t, q=t.q.to(wide), k=t.k.to(wide)))
+        part = self.mechanism.logits[count - 1]
+        if part.reach != "halo":
+            return part.tile(self._terms(t, count - 1), t)
+        above, left, right = part.halo
+        first, last = int(t.cols[0]), int(t.cols[-1]) + 1
+        top, lo, hi = max(0, t.rows.start - above), max(0, first - left), min(self.keys, last + right)
+        around = self.tile(slice(top, t.rows.stop), [(lo, hi)])
+        s, exist = self._terms(around, count - 1), self.exist(around)
+        s = s if exist is None else s.masked_fill(~exist, 0.0)
+        sides = (left - (first - lo), right - (hi - last), above - (t.rows.start - top), 0)
+        s = part.tile(torch.nn.functional.pad(s, sides), t)
+        return s if last - first == t.cols.numel() else s.index_select(-1, t.cols - first)
 
     def weights(self, t: Tile) -> tuple[Tensor, Tensor | None]:
         """Weights of the tile's rows over its keys, which must be all that the rows may read, and the lse."""

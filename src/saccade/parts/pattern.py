@@ -38,6 +38,9 @@ class Document(Mask):
         """Where each document ends."""
         return tuple(itertools.accumulate(self.lengths))
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        return not any(i0 < e < i1 for e in self.ends)
+
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         ends = torch.tensor(self.ends, device=i.device)
         return torch.bucketize(i, ends, right=True) == torch.bucketize(j, ends, right=True)
@@ -75,6 +78,9 @@ class Every(Mask):
 
     name = "every"
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        return True
+
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return ((j - self.first) % self.step == 0) & (j >= self.first) & (i > -1)
 
@@ -108,6 +114,9 @@ class LocalBlocks(Mask):
 
     name = "local_blocks"
 
+    def uniform(self, i0: int, i1: int) -> bool:
+        return i0 // self.block == (i1 - 1) // self.block
+
     @property
     def grain(self) -> int:
         """Rows that read the same keys come in runs of so many."""
@@ -129,6 +138,9 @@ class PowerBlocks(Mask):
 
     name = "power_blocks"
     looks_back = True
+
+    def uniform(self, i0: int, i1: int) -> bool:
+        return i0 // self.block == (i1 - 1) // self.block
 
     @property
     def grain(self) -> int:
@@ -158,6 +170,9 @@ class Stripes(Mask):
     shift: int = arg(0, at_least=0)
 
     name = "stripes"
+
+    def uniform(self, i0: int, i1: int) -> bool:
+        return True
 
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return ((j // self.block + self.shift) % self.every == 0) & (i > -1)

@@ -23,6 +23,10 @@ class Reweight(Part):
         """Weights (b, h, Q, K) in and out."""
         raise NotImplementedError
 
+    def pair_flops(self) -> int:
+        """FLOPs of one pair that a counter of matrix products sees."""
+        return 0
+
 
 @dataclass(frozen=True)
 class GaussGate(Reweight):

@@ -17,6 +17,7 @@ from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
 from saccade.parts.pair import Context, Program, map_tokens
 from saccade.parts.state import State
+from saccade.parts.tokens import TokenMap
 from saccade.plan.choose import combine, finish, make
 from saccade.plan.place import empty_answer, request, zeros
 from saccade.reference import by_head
@@ -68,12 +69,8 @@ def init_state(
                 "lse": torch.full((batch, h), -torch.inf, dtype=wide, device=device),
             }
         )
-    return State(
-        {
-            n: torch.empty(batch, kv_heads, 0, d, dtype=dtype, device=device)
-            for n, d in (("k", head_dim), ("v", e))
-        }
-    )
+    kept = {"k": (kv_heads, head_dim), "v": (kv_heads, e)} | ({"q": (h, head_dim)} if m.halo[0] else {})
+    return State({n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()})
 
 
 def _relative(m: Mechanism) -> str:
@@ -150,6 +147,13 @@ def _state_text(state: State) -> str:
     return ", ".join(own + [f"({_state_text(s)})" for s in state.members])
 
 
+@functools.lru_cache(maxsize=1024)
+def _unkept_streams(m: Pairwise, sizes: Sizes) -> list[str]:
+    """Streams of keys that tiles read; those of token maps are used up when a token comes."""
+    parts = (p for p in m.parts() if not isinstance(p, TokenMap))
+    return [n for p in parts for n, x in p.streams(sizes).items() if x.side == "k"]
+
+
 def _advance_cache(
     m: Pairwise, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
@@ -159,7 +163,19 @@ def _advance_cache(
             f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
         )
     mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
+    unkept = _unkept_streams(m, c.sizes)
+    if unkept:
+        raise NotSupported(
+            f"{m}: a state does not keep streams of keys, such as {unkept[0]}; call it whole instead"
+        )
     start, horizon = state.start, m.pairs.horizon if m.static else None
+    above, left, _ = m.halo
+    if above and (c.mask is not None or any(x.side == "q" for x in m.streams(c.sizes).values())):
+        raise NotSupported(
+            f"{m} keeps its last {above} queries in the state, but not their masks and streams; call it whole instead"
+        )
+    q = torch.cat((state.tensors["q"], mapped.q), 2) if above else mapped.q
+    horizon = horizon + above + left if horizon is not None else None
     grad = request(c, lse).grad
     after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=mapped.v)
     if grad:
@@ -169,14 +185,18 @@ def _advance_cache(
         drop = keys.shape[2] - (horizon - 1)
         kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
         after = State(kept, after.length, start + drop)
+    if above:
+        after = replace(after, tensors=after.tensors | {"q": q[:, :, -above:].clone()})
     past = state.length > 0
     mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., start:]
-    bound = replace(mapped, k=keys, v=values, mask=mask, offset=state.length, start=start, decoding=past)
+    bound = replace(mapped, q=q, k=keys, v=values, mask=mask, start=start, decoding=past)
+    bound = replace(bound, offset=state.length + new - q.shape[2])
     empty = empty_answer(m, bound, lse)
-    if empty is not None:
-        return *empty, after
-    out, found = make(m, request(bound, lse, past), kernel).run(bound)
-    return out, found, after
+    out, found = empty if empty is not None else make(m, request(bound, lse, past), kernel).run(bound)
+    first = q.shape[2] - new
+    if not first:
+        return out, found, after
+    return out[:, :, first:], None if found is None else found[:, :, first:], after
 
 
 def _advance_recurrent(

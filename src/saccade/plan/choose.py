@@ -78,9 +78,7 @@ class ReferenceKernel(Kernel):
 def _has_lse(m: Mechanism) -> bool:
     if isinstance(m, Recurrent):
         return isinstance(m.ratio, RowRatio)
-    return (
-        isinstance(m, Pairwise) and m.normalizer.has_lse and not any(p.reach == "bucket" for p in m.parts())
-    )
+    return isinstance(m, Pairwise) and m.has_lse and not any(p.reach == "bucket" for p in m.parts())
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -288,6 +286,11 @@ def _core_request(m: Mechanism, r: Request) -> Request:
 
 def _per_head(m: Pairwise, r: Request, kernel: str | None) -> Plan:
     """A plan for each set of heads that read the same pairs."""
+    tied = [p for p in m.parts() if p.reach == "head"]
+    if tied:
+        raise NotSupported(
+            f"{tied[0].name} mixes heads, and in {m} heads read different pairs; use masks that all heads share"
+        )
     groups: dict[Pairs, list[int]] = {}
     for h in range(r.shape.heads):
         groups.setdefault(m.pairs.at(h, r.shape.heads), []).append(h)

@@ -143,14 +143,14 @@ def grouped_heads(s: Subject) -> str:
     qkv = s.qkv(groups=groups)
     repeat = HEADS // groups
     wide = [qkv[0], *(x.repeat_interleave(repeat, 1) for x in qkv[1:])]
-    sizes = Sizes(HEADS, groups, HEAD_DIM, VALUE_DIM)
-    kv_side = {n for n, w in m.weights(sizes).items() if w.shape[0] == groups != HEADS}
+    shared, own = (m.weights(Sizes(HEADS, g, HEAD_DIM, VALUE_DIM)) for g in (groups, HEADS))
+    kv_side = {n for n, w in shared.items() if w.shape != own[n].shape}
     bare = (
         replace(m, heads=None)
         if isinstance(m, Pairwise) and m.heads is not None and not s.learned_query
         else m
     )
-    kept = bare.weights(sizes)
+    kept = bare.weights(Sizes(HEADS, HEADS, HEAD_DIM, VALUE_DIM))
     named_wide: Named = {
         "params": {
             n: x.repeat_interleave(repeat, 0) if n in kv_side else x
