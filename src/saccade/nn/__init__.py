@@ -6,6 +6,7 @@ from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scal
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
+from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
@@ -20,8 +21,10 @@ __all__ = [
     "MVPFormer",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
+    "PPFAttention",
     "PathAttention",
     "PathState",
+    "PointMatcher",
     "PositionalAttention",
     "PositionalBlock",
     "SinusoidalPositions",
