@@ -95,6 +95,7 @@ def test_every_name_stands_in_some_text() -> None:
         "prefix": "4",
         "every": "2",
         "permuted": "5",
+        "head_spans": "(4, 8)",
         "kv_heads": "2",
         "rope_linear": "2",
         "rope_ntk": "2",
