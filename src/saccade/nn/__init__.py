@@ -5,6 +5,7 @@ from saccade.nn.attention import Attention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.regions import RegionRouting
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
@@ -21,6 +22,7 @@ __all__ = [
     "EncoderDecoder",
     "GaussianGate",
     "LearnedPositions",
+    "RegionRouting",
     "ResidualAttention",
     "ResidualAttentionNetwork",
     "SentenceGate",
