@@ -88,6 +88,7 @@ SYSTEMS = [
     "hepos(2)",
     "s2_attention(8, local=2, stripes=4)",
     "powerattention(8, local=2, sinks=1)",
+    "moa_sparse((1, 8, 0, 3), beta=(0, 0, 1, 0.25), sinks=2)",
     "stochastic_attention(9, length=100)",
     "fna(3)",
     "gna((4, 2), stride=(2, 1), dilation=(1, 3))",

@@ -73,8 +73,7 @@ def evaluate(
     if plain(m):
         q, k, v = (inputs[n].to(wide) for n in "qkv")
         stacks, cells = batch * program.k.shape[1], group.cells.shape[1]
-        bias = _bias(group, stacks, q.shape[1] // cells, q)
-        s = torch.bmm(q, k.transpose(1, 2)) if bias is None else torch.baddbmm(bias, q, k.transpose(1, 2))
+        s = _logits(q, k, group, stacks)
         found = [torch.bmm(torch.softmax(s, -1), v), *([torch.logsumexp(s, -1)] if lse else [])]
         found = [unflat(x, batch, heads, stacks, cells) for x in found]
         return found[0], found[1] if lse else None
@@ -102,13 +101,17 @@ def evaluate(
     return scatter(program.mix(w, t), batch), None if total is None or not lse else scatter(total, batch)
 
 
-def _bias(group: Group, stacks: int, repeat: int, like: Tensor) -> Tensor | None:
-    """0 and -inf for the rows of plain tiles, broadcastable to (stacks T, repeat Q, K)."""
-    if group.near is None:
-        return None
-    bias = torch.zeros((), dtype=like.dtype, device=like.device).where(group.near, -torch.inf)
-    bias = bias if repeat == 1 else bias.repeat(*(1,) * (bias.dim() - 2), repeat, 1)
-    return bias if bias.dim() == 2 or stacks == 1 else bias.repeat(stacks, 1, 1)
+def _logits(q: Tensor, k: Tensor, group: Group, stacks: int) -> Tensor:
+    """q k^T of plain tiles, (stacks T, r Q, K), with -inf where a cell does not read a key."""
+    k, near = k.transpose(1, 2), group.near
+    if near is None:
+        return torch.bmm(q, k)
+    repeat = q.shape[1] // near.shape[-2]
+    near = near if repeat == 1 else near.repeat(*(1,) * (near.dim() - 2), repeat, 1)
+    if near.dim() == 2:
+        return torch.baddbmm(torch.zeros((), dtype=q.dtype, device=q.device).where(near, -torch.inf), q, k)
+    s = torch.bmm(q, k)
+    return torch.where(near, s.view(stacks, *near.shape), -torch.inf).view_as(s)
 
 
 class Attend(torch.autograd.Function):

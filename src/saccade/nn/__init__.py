@@ -6,7 +6,7 @@ from saccade.nn.complex import ComplexAttention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
-from saccade.nn.graphs import LinearVirtualNode, MPNN, VirtualNodeLayer
+from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
@@ -14,9 +14,10 @@ from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pointer import PointerNetwork
-from saccade.nn.points import PPFAttention, PointMatcher
+from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.regions import RegionRouting
 from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
@@ -25,4 +26,57 @@ from saccade.nn.super_attention import SuperAttention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
-__all__ = ["Attention", "CBAM", "ChannelGate", "ComplexAttention", "DualAttention", "Encoder", "EncoderDecoder", "GINAdapter", "GINAttention", "GaussianGate", "ISAB", "LabelAttention", "LearnedPositions", "LexiconAttention", "LinearVirtualNode", "MAB", "MPNN", "MVPFormer", "MonotonicLocation", "MonotonicSeq2Seq", "PMA", "PPFAttention", "PathAttention", "PathState", "PointMatcher", "PointerNetwork", "PositionalAttention", "PositionalBlock", "Readout", "RelationalAttention", "ResidualAttention", "ResidualAttentionNetwork", "SAB", "SentenceGate", "SetTransformer", "SinusoidalPositions", "SkimAttention", "Skimformer", "SpatialGate", "SuperAttention", "Transformer", "UpDownMask", "VariationalAttention", "VirtualNodeLayer", "add_gin_adapters", "choose_head_scale", "convert", "head_scales", "path_attention", "skimming_mask", "tune_head_scales"]
+__all__ = [
+    "CBAM",
+    "ISAB",
+    "MAB",
+    "MPNN",
+    "PMA",
+    "SAB",
+    "Attention",
+    "ChannelGate",
+    "ComplexAttention",
+    "DualAttention",
+    "Encoder",
+    "EncoderDecoder",
+    "GINAdapter",
+    "GINAttention",
+    "GaussianGate",
+    "LabelAttention",
+    "LearnedPositions",
+    "LexiconAttention",
+    "LinearVirtualNode",
+    "MVPFormer",
+    "MonotonicLocation",
+    "MonotonicSeq2Seq",
+    "PPFAttention",
+    "PathAttention",
+    "PathState",
+    "PointMatcher",
+    "PointerNetwork",
+    "PositionalAttention",
+    "PositionalBlock",
+    "Readout",
+    "RegionRouting",
+    "RelationalAttention",
+    "ResidualAttention",
+    "ResidualAttentionNetwork",
+    "SentenceGate",
+    "SetTransformer",
+    "SinusoidalPositions",
+    "SkimAttention",
+    "Skimformer",
+    "SpatialGate",
+    "SuperAttention",
+    "Transformer",
+    "UpDownMask",
+    "VariationalAttention",
+    "VirtualNodeLayer",
+    "add_gin_adapters",
+    "choose_head_scale",
+    "convert",
+    "head_scales",
+    "path_attention",
+    "skimming_mask",
+    "tune_head_scales",
+]

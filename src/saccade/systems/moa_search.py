@@ -65,11 +65,14 @@ def watched(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def profile(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
-    """The mean influence (H, L, L) of each attention layer's weights on the loss of one batch."""
+    """The mean size of the influence (H, L, L) of each attention layer's weights on the loss of one batch.
+
+    Its size and not its sign: in a model trained to a stationary point the signed influence of a head averages to zero.
+    """
     with watched(model) as kept:
         loss().backward()
     model.zero_grad()
-    return [influence(w.detach(), w.grad).mean(0) for w in kept if w.grad is not None]
+    return [influence(w.detach(), w.grad).abs().mean(0) for w in kept if w.grad is not None]
 
 
 @dataclass(frozen=True)
