@@ -100,6 +100,7 @@ def test_every_name_stands_in_some_text() -> None:
         text = f"{name}({arguments[name]})" if name in arguments else name
         text = {"fixed_decay": "causal + identity + fixed_decay", "ratio": "elu1 + ratio"}.get(name, text)
         text = {"favor": "favor + ratio", "learned_query": "learned_query + causal"}.get(name, text)
+        text = {"sentinel": "additive + sentinel"}.get(name, text)
         m = sc.mechanism(text)
         assert sc.mechanism(str(m)) == m
 
