@@ -38,6 +38,7 @@ PLAIN = [
     "causal + identity + fixed_decay",
     "mix(window(8), causal + linear)",
     "by_head(window(4), causal)",
+    "by_head(window(4), causal + head_mix(2))",
 ]
 
 SYSTEMS = [
