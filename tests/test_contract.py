@@ -59,6 +59,7 @@ PLAIN = [
     "by_head(window(4), causal)",
     "sources(q=place, k=place, kv=2) + causal",
     "learned_queries(4)",
+    "by_head(window(4), causal + head_mix(2))",
 ]
 
 SYSTEMS = [

@@ -69,3 +69,9 @@ def test_decoding_follows_each_head() -> None:
         state = found.state
         rows.append(found.out)
     torch.testing.assert_close(torch.cat(rows, 2), whole)
+
+
+def test_weights_mixed_over_heads_need_the_same_pairs_in_all_of_them() -> None:
+    part = sc.mechanism("head_mix(2)").reweight  # type: ignore[union-attr]
+    with pytest.raises(sc.NotSupported, match="head_mix mixes heads"):
+        sc.plan(sc.Pairwise(pairs=Causal() & Widths(), reweight=part), (1, 4, 16, 8))

@@ -41,13 +41,12 @@ class MeanKernel(Kernel):
         return why
 
     def cost(self, m: Mechanism, r: Request) -> Cost:
-        q, k, v, o = r.tensor_bytes()
+        _, _, v, o = r.tensor_bytes()
         sums = v * r.wide // r.item
         wide = o * r.wide // r.item
-        peak = 3 * sums + 2 * wide + o
-        if r.grad:
-            peak += q + k + v + 2 * wide + sums
-        return Cost(0, (3 if r.grad else 1) * (v + o) + 2 * sums, peak, 12 * (3 if r.grad else 1))
+        passes = 3 if r.grad else 1
+        peak = 2 * (sums + wide) if m.causal else 2 * o + (0 if r.item >= 4 else sums)
+        return Cost(0, passes * (v + o) + 2 * sums, peak, 12 * passes)
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)

@@ -37,6 +37,9 @@ class DotL1(Score):
         distance = torch.cdist(q.reshape(b, g, h // g * rows, d), k, p=1.0).view(b, h, rows, keys)
         return torch.tanh(product / math.sqrt(d)) * torch.sigmoid(-distance / math.sqrt(d))
 
+    def temporaries(self, head_dim: int) -> int:
+        return 4
+
 
 @system("comateformer", ref="S199")
 def comateformer() -> Pairwise:
