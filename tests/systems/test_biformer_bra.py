@@ -116,7 +116,7 @@ def read(top: int) -> float:
         images, labels = digits.batch(64, generator)
         return F.cross_entropy(model(images), labels)
 
-    train(model.parameters(), loss, 200, rate=1e-2)
+    train(model.parameters(), loss, 250, rate=1e-2)
     images, labels = digits.test
     with torch.no_grad():
         return float((model(images).argmax(1) == labels).float().mean())
