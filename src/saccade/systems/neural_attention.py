@@ -71,5 +71,5 @@ class PairMLP(Score):
 
 @system("neural_attention", ref="S116")
 def neural_attention(hidden: int = 4) -> Pairwise:
-    """Softmax over scores of a network with two hidden layers (Neural Attention: A Novel Mechanism for Enhanced Expressive Power, 2023)."""
+    """Softmax over scores of a network with two hidden layers (Neural Attention: A Novel Mechanism for Enhanced Expressive Power, 2025)."""
     return Pairwise(score=PairMLP(hidden))
