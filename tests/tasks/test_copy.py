@@ -123,7 +123,7 @@ def test_a_small_transformer_learns_it() -> None:
     task, generator = Copy(length=6, symbols=8), seeded()
     model = sc.nn.Transformer(task.vocab, dim=48, depth=2, heads=4, mechanism="causal", max_length=task.width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    steps = 400
+    steps = 300
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
 
     def loss() -> Tensor:

@@ -52,6 +52,7 @@ def test_odds_sum_to_one(task: Counting) -> None:
         assert sum(task.ages(n)) == pytest.approx(1)
         assert len(task.ages(n)) == n + 2
         assert sum(task.counts(n)) == pytest.approx(1)
+        assert len(task.counts(n)) == task.most + 1
 
 
 @each_task
@@ -79,7 +80,7 @@ def test_same_seed_same_batch() -> None:
         ({"most": 0}, "greatest count"),
         ({"fillers": 0}, "fillers of at least 1"),
         ({"share": 0}, "got share 0"),
-        ({"share": 0.7, "reset": 0.4}, "not above 1 together"),
+        ({"share": 0.7, "reset": 0.4}, "at most 1 together"),
         ({"reset": -0.1}, "reset -0.1"),
     ],
 )

@@ -58,12 +58,14 @@ def test_plain_code_answers_all(task: Dyck) -> None:
     assert ((targets != SILENT).sum(1) == task.length // 2).all()
 
 
-def test_all_strings_are_alike_likely() -> None:
-    """Three pairs of two kinds, at most two open: 4 shapes (Catalan's 5 but the deepest) of 8 kinds each."""
-    rows = Counter(map(tuple, Dyck(length=6, kinds=2, depth=2).batch(16000, seeded())[0].tolist()))
-    assert len(rows) == 32
-    error = (16000 / 32) ** 0.5
-    assert all(abs(n - 500) < 4.5 * error for n in rows.values())
+@pytest.mark.parametrize(
+    ("task", "strings"), [(Dyck(8, kinds=1, depth=3), 13), (Dyck(4, kinds=2), 8)], ids=str
+)
+def test_all_strings_are_alike_likely(task: Dyck, strings: int) -> None:
+    """Four pairs have 14 shapes, one of them too deep; two pairs have 2 shapes, each of 4 choices of kinds."""
+    rows = Counter(map(tuple, task.batch(1000 * strings, seeded())[0].tolist()))
+    assert len(rows) == strings
+    assert all(abs(count - 1000) < 4.5 * 1000**0.5 for count in rows.values())
 
 
 def test_long_and_deep_strings_are_drawn() -> None:

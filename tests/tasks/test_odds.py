@@ -29,5 +29,8 @@ def test_order_blind_is_the_mean_over_what_is_left() -> None:
 
 def test_binomial_counts_all_cases() -> None:
     assert binomial(2, 0.25) == pytest.approx([9 / 16, 6 / 16, 1 / 16])
-    assert binomial(0, 0.3) == [1.0]
+    assert binomial(0, 0.3) == pytest.approx([1.0])
+    assert binomial(2, 0.0) == [1.0, 0.0, 0.0]
+    assert binomial(2, 1.0) == [0.0, 0.0, 1.0]
+    assert sum(binomial(3000, 0.4)) == pytest.approx(1)
     assert sum(binomial(40, 0.7)) == pytest.approx(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +32,8 @@ class Counting:
             )
         if not (0 < self.share < 1 and self.reset >= 0 and self.share + self.reset <= 1):
             raise ValueError(
-                f"counting: the shares of a and of resets must be above 0 and not above 1 together, got share {self.share} "
-                f"and reset {self.reset}"
+                "counting: the share of a must be above 0, that of resets at least 0, both at most 1 together, got "
+                f"share {self.share} and reset {self.reset}"
             )
 
     @property
@@ -47,7 +48,7 @@ class Counting:
 
     def counts(self, since: int) -> list[float]:
         """The odds of each answer when the last reset, or the start, is `since` tokens back."""
-        odds = binomial(since, self.share / (1 - self.reset))
+        odds = binomial(since, self.share / (1 - self.reset)) + [0.0] * self.most
         return odds[: self.most] + [sum(odds[self.most :])]
 
     def ages(self, position: int) -> list[float]:
@@ -58,14 +59,8 @@ class Counting:
     @property
     def chance(self) -> float:
         """Accuracy of the likeliest count at each position."""
-        total = 0.0
-        for position in range(self.length):
-            answers = [0.0] * (self.most + 1)
-            for age, odds in enumerate(self.ages(position)):
-                for count, likely in enumerate(self.counts(age)):
-                    answers[count] += odds * likely
-            total += max(answers)
-        return total / self.length
+        counts = np.array([self.counts(age) for age in range(self.length + 1)])
+        return float(np.mean([(self.ages(at) @ counts[: at + 2]).max() for at in range(self.length)]))
 
     @property
     def baseline(self) -> float:

@@ -26,7 +26,8 @@ class Digits:
     def __post_init__(self) -> None:
         if self.side < 1 or not 0 < self.held < 1:
             raise ValueError(
-                f"digits needs a side of at least 1 and a held-out share between 0 and 1, got {self.side} and {self.held}"
+                f"digits needs a side of at least 1 and a held-out share between 0 and 1, got "
+                f"{self.side} and {self.held}"
             )
 
     @cached_property

@@ -62,9 +62,7 @@ class Dyck:
         Uniform over strings: the share of the ways to the end that begin with an opening bracket.
         """
         odds = torch.zeros(self.length + 1, self.depth + 1, dtype=torch.float64)
-        ways = torch.zeros(
-            self.depth + 3, dtype=torch.float64
-        )  # a row of places below 0 and above depth has no way
+        ways = torch.zeros(self.depth + 3, dtype=torch.float64)  # with one place below 0, one above depth
         ways[1] = 1
         for left in range(1, self.length + 1):
             opening, closing = ways[2:], ways[:-2]

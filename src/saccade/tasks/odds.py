@@ -16,12 +16,16 @@ def top_share(count: int, symbols: int) -> float:
     rate = count / symbols
     poisson = np.array([math.exp(i * math.log(rate) - rate - math.lgamma(i + 1)) for i in range(count + 1)])
     whole = math.exp(count * math.log(count) - count - math.lgamma(count + 1))
-    largest = 0.0
-    for most in range(count):
+    least = math.ceil(count / symbols)
+    largest = float(least)  # the mean of a count is the sum over m of the odds that it is above m
+    for most in range(least, count):
         power = np.ones(1)
         for _ in range(symbols):
             power = np.convolve(power, poisson[: most + 1])[: count + 1]
-        largest += 1 - (float(power[count]) / whole if len(power) > count else 0.0)
+        above = 1 - float(power[count]) / whole
+        if above < 1e-12:
+            break
+        largest += above
     return largest / count
 
 
@@ -35,4 +39,10 @@ def order_blind(count: int, symbols: int) -> float:
 
 def binomial(count: int, share: float) -> list[float]:
     """The odds of 0 to `count` hits in `count` tries."""
-    return [math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(count + 1)]
+    if not 0 < share < 1:
+        return [float(k == (count if share else 0)) for k in range(count + 1)]
+    ways = [
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(count + 1)
+    ]
+    hit, miss = math.log(share), math.log1p(-share)
+    return [math.exp(ways[k] + k * hit + (count - k) * miss) for k in range(count + 1)]

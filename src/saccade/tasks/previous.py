@@ -26,8 +26,8 @@ class Previous:
     def __post_init__(self) -> None:
         if self.symbols < 2 or not 1 <= self.lag < self.length:
             raise ValueError(
-                f"previous needs at least 2 symbols and a lag of 1 to length - 1, got {self.symbols} symbols, lag {self.lag} "
-                f"and length {self.length}"
+                f"previous needs at least 2 symbols and a lag of 1 to length - 1, got {self.symbols} symbols, "
+                f"lag {self.lag} and length {self.length}"
             )
 
     @property

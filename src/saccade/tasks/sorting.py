@@ -66,8 +66,8 @@ class SymbolSorting:
     def __post_init__(self) -> None:
         if self.length < 1 or self.symbols < 2:
             raise ValueError(
-                f"symbol sorting needs a length of at least 1 and 2 symbols, got length {self.length} and {self.symbols} "
-                f"symbols"
+                f"symbol sorting needs a length of at least 1 and 2 symbols, got length {self.length} and "
+                f"{self.symbols} symbols"
             )
 
     @property
