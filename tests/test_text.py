@@ -247,6 +247,7 @@ def test_a_bad_argument_says_its_type_and_range(text: str, words: str) -> None:
         ("linear + elu1", "two parts of kind feature"),
         ("rope + rope", "rope is given twice"),
         ("rope + rope(500.0)", "two parts would turn the same channels"),
+        ("rope + rope_linear(2)", "would turn the same channels; keep one"),
         ("alibi + alibi", "alibi is given twice"),
         ("tiles + tiles(4, 4)", "two parts of kind tiles"),
     ],

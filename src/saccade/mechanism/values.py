@@ -26,7 +26,7 @@ from saccade.parts.score import Dot, Score
 from saccade.parts.slots import Slots
 from saccade.parts.summary import Summary
 from saccade.parts.tiles import Tiles
-from saccade.parts.tokens import On, TokenMap
+from saccade.parts.tokens import On, Rotary, TokenMap
 from saccade.parts.value import Value
 
 
@@ -144,6 +144,10 @@ def _check_parts(m: Mechanism) -> None:
             raise NotSupported(
                 f"{p.name} mixes all positions and has no causal form; its causal relative: {p.relative}"
             )
+
+    turning = [p for p in m.parts() if isinstance(p, Rotary)]
+    if len(turning) > 1:
+        raise MechanismError(f"{turning[0]} and {turning[1]} would turn the same channels; keep one of them")
 
 
 def _givers(need: str) -> str:
