@@ -131,7 +131,7 @@ def test_a_demanded_kernel_runs_or_is_refused() -> None:
     with pytest.raises(sc.NotSupported, match="the call demands sdpa") as refused:
         sc.plan("window(64)", SHAPE, kernel="sdpa")
     assert "chunk: the call demands sdpa" in str(refused.value)
-    with pytest.raises(ValueError, match="no kernel is called 'flash'; there are sdpa, decode, chunk"):
+    with pytest.raises(ValueError, match="no kernel is called 'flash'; there are sdpa, thin, decode, chunk"):
         sc.plan("causal", SHAPE, kernel="flash")
     with pytest.raises(ValueError, match="no kernel is called 'flash'"):
         sc.plan("mix(causal, full)", SHAPE, kernel="flash")

@@ -128,8 +128,11 @@ def test_decoding_equals_the_whole_call_and_keeps_the_last_queries(text: str) ->
 def test_what_does_not_go_with_ties_between_pairs_and_heads_is_refused() -> None:
     q, k, v = qkv(1, HEADS, 8, D)
     params = drawn("mta")
-    with pytest.raises(sc.NotSupported, match="no log-denominator"):
+    with pytest.raises(sc.NotSupported, match="out_norm changes the output after the mix"):
         sc.attend(q, k, v, "causal + mta", params=params, need=("lse",))
+    bare = {n: x for n, x in params.items() if n != "out_norm"}
+    with pytest.raises(sc.NotSupported, match="no log-denominator"):
+        sc.attend(q, k, v, "causal + pair_conv + head_mix", params=bare, need=("lse",))
     with pytest.raises(ValueError, match=r"head_mix\(3\) needs a multiple of 3 heads, got 4"):
         sc.nn.Attention(8, 4, "head_mix(3)")
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)

@@ -90,7 +90,7 @@ def test_the_order_of_the_channels_matters_up_to_a_reflection() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(sc.NotSupported, match=r"grid=\(times, channels\)"):
+    with pytest.raises(ValueError, match="mvpa stands on a grid: give one"):
         sc.nn.Attention(8, 2, "mvpa")(torch.randn(1, 12, 8))
     with pytest.raises(ValueError, match=r"segments must be \(batch, times, channels, 3\), got \(1, 2, 3\)"):
         sc.nn.MVPFormer(3)(torch.zeros(1, 2, 3))

@@ -99,7 +99,7 @@ def draw(
     biases. Left open, content is drawn where the mechanism chooses pairs by it. Raises NotSupported for a mechanism whose
     weights cannot be drawn, ValueError for a length outside 1 to 1,024 or a head outside 0 to 3.
 
-    >>> print(draw("window(2)", 4).svg()[:40])
+    >>> print(draw("window(2)", 4).svg()[:39])
     <svg xmlns="http://www.w3.org/2000/svg"
     >>> draw("causal", 3).shaded()
     [[4, 0, 0], [4, 4, 0], [4, 4, 4]]

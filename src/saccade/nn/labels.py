@@ -16,7 +16,8 @@ class LabelAttention(nn.Module):
     side and are never mixed, so each part of the answer belongs to one label. x (B, n, dim) to (B, n, labels label_dim).
     (Mrini et al., Rethinking Self-Attention: Towards Interpretability in Neural Parsing, 2020.)
 
-    >>> LabelAttention(32, labels=6, label_dim=4)(torch.zeros(2, 9, 32)).shape
+    >>> import torch
+    >>> LabelAttention(36, labels=6, label_dim=4)(torch.zeros(2, 9, 36)).shape
     torch.Size([2, 9, 24])
     """
 

@@ -15,6 +15,7 @@ class MVPFormer(nn.Module):
     Any number of channels and times; no output reads a later time. (Carzaniga et al., A Foundation Model with
     Multi-Variate Parallel Attention, 2025.)
 
+    >>> import torch
     >>> MVPFormer(4, dim=16, depth=1, heads=2)(torch.zeros(2, 6, 3, 4)).shape
     torch.Size([2, 6, 3, 4])
     """

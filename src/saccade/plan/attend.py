@@ -120,6 +120,7 @@ def attend(
     Raises ValueError or TypeError where sizes, dtypes or devices disagree, MechanismError where the text names no
     mechanism, NotSupported, with every kernel's reasons, where nothing can run the request.
 
+    >>> import torch
     >>> q = k = v = torch.ones(1, 2, 4, 8)
     >>> attend(q, k, v, "causal").shape
     torch.Size([1, 2, 4, 8])

@@ -129,7 +129,7 @@ def simulate(
 
     Dilated axes are tiled class by class. (Hassani et al., Generalized Neighborhood Attention, 2025.)
 
-    >>> int(simulate("gna((24,), stride=8, grid=(96,))", (8,), (8,)).touched[5])
+    >>> int(simulate(parse("gna((24,), stride=8)").on_grid((96,)), (8,), (8,)).touched[5])
     3
     """
     (pairs,) = (p for p in parse(mechanism).parts() if isinstance(p, GridNeighborhood))
