@@ -86,6 +86,9 @@ def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tenso
     empty = torch.empty(0, dtype=wide, device=c.v.device)
     carry = carry or Carry.empty(b, g, m.feature.size(c.q.shape[-1]), e, empty)
     outs, lses = [], []
+    inputs = (c.q, c.k, c.v, *c.params.values(), carry.s)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    whole = None if tracked else c.q.new_empty(*c.q.shape[:3], e)
     chunk = chunk_length(c.q.device.type)
     chunks = zip(*(x.split(chunk, dim=2) for x in (c.q, c.k, c.v)), strict=True)
     for n, (q, k, v) in enumerate(chunks):
@@ -96,10 +99,13 @@ def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tenso
             fk = fk.masked_fill(~valid[:, None, :, None], 0)
             scale_k = None if scale_k is None else scale_k.masked_fill(~valid[:, None], -torch.inf)
         out, lse, carry = advance(m.ratio, fq, fk, _wide(v), scale_k, rate, carry)
-        outs.append(out.to(c.q.dtype))
+        if whole is None:
+            outs.append(out.to(c.q.dtype))
+        else:
+            whole[:, :, n * chunk : n * chunk + out.shape[2]] = out
         lses.append(lse if lse is None or scale_q is None else lse + scale_q)
     return (
-        torch.cat(outs, 2),
+        torch.cat(outs, 2) if whole is None else whole,
         None if lses[0] is None else torch.cat([x for x in lses if x is not None], 2),
         carry,
     )
@@ -243,7 +249,7 @@ class RecurrentKernel(Kernel):
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
         weighed = drawn or m.decay is not None
         chunk = (4 if weighed else 2) * span + 4 * size + 2 * s.value_dim
-        peak = states + max(2 * o, o + s.batch * s.heads * ends[0] * chunk * r.wide)
+        peak = states + o + s.batch * s.heads * ends[0] * chunk * r.wide
         if r.grad:
             peak = states + 2 * o * wide + (q + k + v) * wide // 2 + mapped * (3 if drawn else 1)
             peak += s.batch * s.heads * squares * r.wide * (2 if weighed else 1)
