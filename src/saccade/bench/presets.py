@@ -66,7 +66,7 @@ QUICK = Preset(
     (0,),
     Quality(tokens=131_072, length=256, batch=4, dim=64, depth=2, heads=2, learning_rate=4e-3),
     RecallRun((64, 320), 140, 2560, pairs=8, queries=48, keys=16, values=16, dim=64, depth=2, heads=1),
-    Speed(lengths=(512, 2048, 8192), seconds=0.1),
+    Speed(lengths=(512, 2048, 4096), seconds=0.1),
 )
 DEFAULT = Preset(
     "default",
