@@ -157,7 +157,8 @@ def merge_spans(spans: list[Span]) -> list[Span]:
     return merged
 
 
-def _clip(lo: int, hi: int, keys: int) -> list[Span]:
+def clip(lo: int, hi: int, keys: int) -> list[Span]:
+    """One span inside the keys, or none."""
     return merge_spans([(max(0, lo), min(keys, hi))])
 
 
@@ -266,7 +267,7 @@ class Causal(Mask):
         return j <= i
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(0, i1, keys)
+        return clip(0, i1, keys)
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class Window(Mask):
         return (j <= i) & (j > i - self.width)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(i0 - self.width + 1, i1, keys)
+        return clip(i0 - self.width + 1, i1, keys)
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class Neighborhood(Mask):
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         side = (self.width // 2) * self.dilation
-        return _clip(i0 - side, i1 + side, keys)
+        return clip(i0 - side, i1 + side, keys)
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ class Dilated(Mask):
         return (gap >= 0) & (gap < self.width * self.step) & (gap % self.step == 0)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(i0 - (self.width - 1) * self.step, i1, keys)
+        return clip(i0 - (self.width - 1) * self.step, i1, keys)
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ class Strided(Mask):
         return (j <= i) & ((i - j) % self.step == 0)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(0, i1, keys)
+        return clip(0, i1, keys)
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,7 @@ class Chunk(Mask):
         )
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(i0 // self.size * self.size, -(-i1 // self.size) * self.size, keys)
+        return clip(i0 // self.size * self.size, -(-i1 // self.size) * self.size, keys)
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ class Sink(Mask):
         return (j < self.first) & (i > -1)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(0, self.first, keys)
+        return clip(0, self.first, keys)
 
 
 @dataclass(frozen=True)
@@ -411,4 +412,4 @@ class Global(Mask):
         return (j < self.tokens) | (i < self.tokens)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return _clip(0, keys if i0 < self.tokens else self.tokens, keys)
+        return clip(0, keys if i0 < self.tokens else self.tokens, keys)

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from saccade.errors import MechanismError
 from saccade.parts.base import arg
-from saccade.parts.mask import Mask, Pairs, Span, merge_spans
-
-
-def clip(lo: int, hi: int, keys: int) -> list[Span]:
-    """One span inside the keys, or none."""
-    return merge_spans([(max(0, lo), min(keys, hi))])
+from saccade.parts.mask import Mask, Pairs, Span, clip, merge_spans
 
 
 @dataclass(frozen=True)

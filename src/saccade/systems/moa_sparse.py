@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.errors import MechanismError
 from saccade.mechanism import Mechanism, Pairwise, system
 from saccade.parts.base import arg
-from saccade.parts.mask import Causal, Mask, Pairs, Sink, Span, merge_spans
+from saccade.parts.mask import Causal, Mask, Pairs, Sink, Span, clip
 
 LONG = 8
 Table = tuple[tuple[int, ...], tuple[float, ...]]
@@ -49,7 +49,7 @@ class Elastic(Mask):
         return (j <= i) & (j > i - span)
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
-        return merge_spans([(max(0, i0 + 1 - self.span(i0 + 1)), min(keys, i1))])
+        return clip(i0 + 1 - self.span(i0 + 1), i1, keys)
 
 
 @dataclass(frozen=True)
