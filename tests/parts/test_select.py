@@ -103,6 +103,21 @@ def test_blocks_exist_where_their_keys_are() -> None:
     assert one[0, 0].tolist() == found[0, 0, 1:].tolist()
 
 
+def test_a_block_of_rows_shares_its_choice() -> None:
+    index = torch.tensor([[[[0], [2], [1]]]])
+    chosen = Blocks(index, torch.ones_like(index, dtype=torch.bool), 2, rows=3)
+    cols = torch.arange(6)
+    found = chosen.exist(slice(2, 8), cols[None], cols)
+    assert [[c for c in range(6) if row[c]] for row in found[0, 0].tolist()] == [
+        [0, 1],
+        [4, 5],
+        [4, 5],
+        [4, 5],
+        [2, 3],
+        [2, 3],
+    ]
+
+
 def test_no_gradient_through_the_choice() -> None:
     q, k, v = (torch.randn(1, 1, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     chosen = sc.attend(q, k, v, "moba(block=2, top=1)", need=("selection",)).selection

@@ -25,20 +25,28 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Blocks:
-    """Chosen key blocks of `size` tokens for every query: index and valid are (b, h, L, T)."""
+    """Chosen key blocks of `size` tokens: index and valid are (b, h, N, T) for N blocks of `rows` queries.
+
+    One row and one token are blocks as well. A block chosen twice counts once.
+    """
 
     index: Tensor
     valid: Tensor
     size: int
+    rows: int = 1
 
     def exist(self, rows: slice, j: Tensor, cols: Tensor) -> Tensor:
         """Boolean (b, h, Q, K) for the rows and the key indices `cols`."""
-        index, valid = self.index[:, :, rows], self.valid[:, :, rows]
+        start, stop, _ = rows.indices(self.index.shape[2] * self.rows)
+        first, last = start // self.rows, -(-stop // self.rows)
+        index, valid = self.index[:, :, first:last], self.valid[:, :, first:last]
         blocks = int(cols.max()) // self.size + 1 if cols.numel() else 1
         count = max(blocks, int(index.max()) + 1 if index.numel() else 1)
         table = torch.zeros((*index.shape[:3], count), dtype=torch.uint8, device=j.device)
         table.scatter_reduce_(-1, index, valid.to(torch.uint8), "amax")
-        return table.index_select(-1, cols // self.size).bool()
+        kept = table.index_select(-1, cols // self.size).bool()
+        owner = torch.arange(start, stop, device=j.device) // self.rows - first
+        return kept if self.rows == 1 else kept.index_select(2, owner)
 
 
 @dataclass(frozen=True)
