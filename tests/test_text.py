@@ -13,7 +13,8 @@ from saccade.mechanism import combine, names
 from saccade.mechanism.values import Pairwise, Recurrent
 from saccade.parts.base import PARTS
 from saccade.parts.mask import Causal, Chunk, Sink, Strided, Window
-from saccade.parts.select import MeanKey, TopBlocks
+from saccade.parts.proxy import MeanKey
+from saccade.parts.select import TopBlocks
 from saccade.parts.tokens import Rope
 
 TEXTS = [
@@ -86,7 +87,7 @@ def test_the_causal_form_round_trips_too(text: str) -> None:
 
 
 def test_every_name_stands_in_some_text() -> None:
-    inside = {"by_head", "mix", "join", *(name for name, c in PARTS.items() if c.kind == "proxy")}
+    inside = {"by_head", "mix", "join", *(name for name, c in PARTS.items() if c.kind in ("proxy", "budget"))}
     for name, maker in names().items():
         if name in inside or name.startswith("test_") or maker.__module__ == "broken":
             continue
@@ -106,6 +107,7 @@ masks = st.one_of(
     positive.map("sink({})".format),
     positive.map("global({})".format),
     st.tuples(positive, positive).map(lambda x: f"top_blocks({x[0]}, top={x[1]})"),
+    st.tuples(positive, positive).map(lambda x: f"top_keys(mass(0.{x[0]}, least={x[1]}))"),
 )
 pairs = st.recursive(
     masks,
@@ -214,8 +216,11 @@ def test_an_unknown_name_answers_with_the_nearest(text: str, near: str) -> None:
             "nystromformer(landmarks=0)",
             "nystromformer: landmarks must be a whole number of at least 1, got 0",
         ),
-        ("top_blocks(16, proxy=3)", "top_blocks: proxy must be a proxy, one of mean_key, got 3"),
-        ("top_blocks(16, proxy=full)", "top_blocks: proxy must be a proxy, one of mean_key, got full"),
+        ("top_blocks(16, proxy=3)", "top_blocks: proxy must be a proxy, one of mean_key, bound_key, got 3"),
+        (
+            "top_blocks(16, proxy=full)",
+            "top_blocks: proxy must be a proxy, one of mean_key, bound_key, got full",
+        ),
         ("centroid_buckets(4, width=0)", "width must be a whole number or none of at least 1, got 0"),
         ("window()", "missing a required argument: 'width'"),
         ("window", "missing a required argument: 'width'"),

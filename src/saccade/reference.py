@@ -18,7 +18,8 @@ from saccade.parts.memory import ChannelRatio, RowRatio, divide, log_total
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context, Program, map_tokens, take_heads, without_padding
 from saccade.parts.score import grouped_matmul
-from saccade.parts.select import Buckets, Select
+from saccade.parts.select import Select
+from saccade.parts.selection import Buckets
 
 
 def attend(

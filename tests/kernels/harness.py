@@ -17,7 +17,7 @@ from saccade.parts.base import Sizes
 from saccade.parts.logits import StaticBias
 from saccade.parts.mask import static_exist
 from saccade.parts.pair import map_tokens
-from saccade.parts.select import Selection
+from saccade.parts.selection import Selection
 
 CLOSE = 1e-10
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saccade as sc
 from kernels.harness import agree, answer, draw, gradients, naive, same, truth, within_budget
-from saccade.parts.select import Blocks
+from saccade.parts.selection import Blocks
 
 TEXTS = [
     "moba(block=8, top=2)",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saccade as sc
 from kernels.harness import agree, answer, draw, gradients, same, truth, within_budget
-from saccade.parts.select import Buckets
+from saccade.parts.selection import Buckets
 
 TEXTS = [
     "routing_transformer(clusters=3, local=false)",

@@ -11,17 +11,11 @@ from torch import Tensor
 
 import saccade as sc
 from saccade import reference
+from saccade.parts.bucket import CentroidBuckets
 from saccade.parts.pair import Context
-from saccade.parts.select import (
-    Blocks,
-    Buckets,
-    CentredSpan,
-    CentroidBuckets,
-    Labels,
-    MeanKey,
-    Spans,
-    TopBlocks,
-)
+from saccade.parts.proxy import MeanKey
+from saccade.parts.select import CentredSpan, TopBlocks
+from saccade.parts.selection import Blocks, Buckets, Labels, Spans
 
 
 def context(

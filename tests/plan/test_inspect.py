@@ -7,7 +7,7 @@ import torch
 
 import saccade as sc
 from kernels.harness import Call, draw, same, truth
-from saccade.parts.select import Blocks, Buckets, Spans
+from saccade.parts.selection import Blocks, Buckets, Spans
 
 TEXTS = [
     "full",

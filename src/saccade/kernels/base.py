@@ -12,10 +12,11 @@ from saccade.cost import Cost, Request
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.base import Sizes
 from saccade.parts.pair import Context
+from saccade.parts.select import Select
 
 
 def preparation_flops(m: Pairwise, r: Request) -> int:
-    """FLOPs of the token-level work of score, summary and row terms; with gradients, of their inputs and weights too."""
+    """FLOPs of the token-level work of score, summary and row terms, and of choosing pairs; with gradients, of inputs and weights too."""
     s = r.shape
     rows = s.keys if m.summary is None else m.summary.rows(s.keys)
     q, k = m.score.token_flops(s.head_dim)
@@ -24,7 +25,11 @@ def preparation_flops(m: Pairwise, r: Request) -> int:
     flops = s.batch * (s.heads * s.length * q + s.kv_heads * rows * k)
     if m.summary is not None:
         flops += 2 * s.batch * s.kv_heads * rows * s.keys * (s.head_dim + s.value_dim)
-    return flops * (3 if r.grad else 1)
+    back = m.causal and not r.ragged
+    chosen = sum(
+        p.flops(s.length, s.keys, s.head_dim, back) for p in m.pairs.leaves() if isinstance(p, Select)
+    )
+    return flops * (3 if r.grad else 1) + s.batch * s.heads * chosen
 
 
 def weight_bytes(m: Mechanism, r: Request) -> int:

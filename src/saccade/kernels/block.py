@@ -24,7 +24,8 @@ from saccade.kernels.fold import Fold
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import Causal, Chunk, Full, Pairs, split, static_exist
 from saccade.parts.pair import Context, Program
-from saccade.parts.select import Blocks, TopBlocks
+from saccade.parts.select import TopBlocks
+from saccade.parts.selection import Blocks
 
 TILES = (64, 4096)
 TILE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -284,7 +285,7 @@ def backward(
 def _chosen(select: TopBlocks, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
     """Rows that choose a block, summed over the blocks of a head, and the rows of their tiles, for even choices."""
     size, blocks = select.block, -(-keys // select.block)
-    choices = min(select.top, blocks)
+    choices = select.keep.most(blocks)
     height = _tile_height(rows * choices / max(1, blocks))
     counts, later = [rows * choices / max(1, blocks)] * blocks, 0.0
     for own in reversed(range(blocks if limit.looks_back else 0)):
@@ -295,7 +296,7 @@ def _chosen(select: TopBlocks, limit: Pairs, rows: int, keys: int) -> tuple[int,
     return round(sum(counts)), round(tiled)
 
 
-def _positional_area(limit: Pairs, allow: Pairs | None, size: int, r: Request) -> int:
+def positional_area(limit: Pairs, allow: Pairs | None, size: int, r: Request) -> int:
     """Pairs that the positional part computes for a head."""
     s = r.shape
     if allow is None:
@@ -320,6 +321,8 @@ class BlockKernel(Kernel):
         form = split(m.pairs)
         if form is None or len(form[2]) != 1 or not isinstance(form[2][0], TopBlocks):
             why.append("pairs are not one choice of blocks united with masks by position")
+        elif form[2][0].rows > 1:
+            why.append("blocks of queries share their choice")
         if m.logits:
             why.append(f"the logits part {m.logits[0].name} is not followed into chosen blocks")
         if r.masked:
@@ -337,13 +340,12 @@ class BlockKernel(Kernel):
         assert isinstance(select, TopBlocks)
         s = r.shape
         blocks = -(-s.keys // select.block)
-        choices = min(select.top, blocks)
+        choices = select.keep.most(blocks)
         stacks = s.batch * s.heads
         chosen, tiled = _chosen(select, limit, s.length, s.keys)
-        positional = _positional_area(limit, allow, select.block, r)
+        positional = positional_area(limit, allow, select.block, r)
         area = stacks * (tiled * select.block + positional)
-        gate = 2 * stacks * s.length * blocks * s.head_dim
-        flops = gate + 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
+        flops = 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
         if r.grad:
             flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
         q, k, v, o = r.tensor_bytes()

@@ -181,11 +181,9 @@ def _argument(value: Any, hint: Any) -> Any:
         if _words(hint):
             return value.name
     built = _build(value)
-    return (
-        built
-        if isinstance(built, Part) and inspect.isclass(hint) and issubclass(hint, Part)
-        else _sum([built])
-    )
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    wanted = any(inspect.isclass(k) and issubclass(k, Part) for k in kinds)
+    return built if isinstance(built, Part) and wanted else _sum([built])
 
 
 def _call(word: Word) -> Any:

@@ -185,9 +185,14 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
     """Raise MechanismError unless `value` has the type `hint` and lies within `limits`."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     simple = tuple(t for t in allowed if t in (int, float, str, bool, type(None)))
-    if isinstance(hint, type) and issubclass(hint, Part) and not isinstance(value, hint):
-        known = ", ".join(n for n, c in PARTS.items() if issubclass(c, hint))
-        raise MechanismError(f"{owner}: {name} must be a {hint.kind}, one of {known}, got {value}")
+    parts = tuple(t for t in allowed if isinstance(t, type) and issubclass(t, Part))
+    if parts and isinstance(value, parts):
+        return
+    if parts and (not simple or isinstance(value, Part)):
+        known = ", ".join(n for n, c in PARTS.items() if issubclass(c, parts))
+        kind = parts[0].kind
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise MechanismError(f"{owner}: {name} must be {article} {kind}, one of {known}, got {value}")
     several = [typing.get_args(t)[0] for t in allowed if typing.get_origin(t) is tuple]
     if several and isinstance(value, tuple):
         if not value:
@@ -220,6 +225,8 @@ def check_argument(owner: str, name: str, value: Any, hint: Any, limits: Any) ->
         wanted += f" above {above:g}"
     if choices:
         wanted = "one of " + ", ".join(choices)
+    if parts:
+        wanted += f", or a {parts[0].kind}"
     finite = not (number and not math.isfinite(value))
     in_range = not number or ((low is None or value >= low) and (above is None or value > above))
     if not right or not finite or not in_range or (choices and value not in choices):

@@ -15,7 +15,8 @@ from saccade.mechanism.values import Pairwise
 from saccade.parts.base import Side, Sizes, Weight
 from saccade.parts.mask import And, Full, Mask, Or, Pairs, Span, cover
 from saccade.parts.score import grouped_matmul
-from saccade.parts.select import Select, Selection
+from saccade.parts.select import Select
+from saccade.parts.selection import Selection
 from saccade.parts.tokens import TokenMap
 
 

@@ -12,7 +12,7 @@ from saccade.errors import NotSupported
 from saccade.mechanism import ByHead, Combine, Mechanism, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.pair import Context, map_tokens
-from saccade.parts.select import Selection
+from saccade.parts.selection import Selection
 from saccade.parts.state import State
 from saccade.plan import inspect
 from saccade.plan.advance import advance

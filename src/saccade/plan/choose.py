@@ -19,6 +19,7 @@ from saccade.kernels.bucket import BucketKernel
 from saccade.kernels.chunk import ChunkKernel
 from saccade.kernels.decode import DecodeKernel
 from saccade.kernels.flex import FlexKernel
+from saccade.kernels.gather import GatherKernel
 from saccade.kernels.grid import GridKernel
 from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
@@ -87,6 +88,7 @@ KERNELS: tuple[Kernel, ...] = (
     DecodeKernel(),
     ChunkKernel(),
     BlockKernel(),
+    GatherKernel(),
     BucketKernel(),
     GridKernel(),
     ScanKernel(),

@@ -10,7 +10,8 @@ from torch import Tensor
 from saccade.errors import NotSupported
 from saccade.mechanism import ByHead, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.parts.pair import Context, Program, map_tokens, without_padding
-from saccade.parts.select import Buckets, Select, Selection
+from saccade.parts.select import Select
+from saccade.parts.selection import Buckets, Selection
 from saccade.reference import by_head, evaluate, recurrent_weights
 
 BUDGET = 1 << 26

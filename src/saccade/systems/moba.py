@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from saccade.mechanism import Pairwise, system
 from saccade.parts.mask import Causal, Chunk
-from saccade.parts.select import MeanKey, TopBlocks
+from saccade.parts.proxy import MeanKey
+from saccade.parts.select import TopBlocks
 
 
 @system("moba", ref="S211")

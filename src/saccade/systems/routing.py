@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade.mechanism import ByHead, Pairwise, system
+from saccade.parts.bucket import CentroidBuckets
 from saccade.parts.mask import Causal, Window
-from saccade.parts.select import CentroidBuckets
 from saccade.parts.tokens import Standardize
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.cost import Shape
 from saccade.mechanism import Combine, Mechanism, Pairwise
 from saccade.parts.base import Sizes
-from saccade.parts.select import Selection
+from saccade.parts.selection import Selection
 from saccade.plan import Attended, attend
 
 BATCH, HEADS, LENGTH, HEAD_DIM, VALUE_DIM = 2, 4, 160, 16, 8
