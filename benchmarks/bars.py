@@ -98,14 +98,24 @@ def beside(
         return ratio(*paired(lambda: mine(*inputs), lambda: other(*inputs), count), scale)
 
 
-def run(title: str, script: str, description: str | None, bars: Sequence[Bar]) -> int:
-    """Measure every bar, print pass or miss, and write results/SCRIPT.json unless only some were asked for."""
+def run(
+    title: str,
+    script: str,
+    description: str | None,
+    bars: Sequence[Bar],
+    device: str = "cpu",
+    given: Sequence[str] | None = None,
+) -> int:
+    """Measure every bar, print pass or miss, and write results/SCRIPT.json unless only some were asked for.
+
+    On another device than a CPU the file is SCRIPT_DEVICE.json; `given` are arguments instead of the command line's.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="3 samples instead of 7")
     parser.add_argument("--only", default="", help="bars whose name holds this word; results are not written")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.manual_seed(0)
     rows, console = [], Console()
     for name, measure, sense, bar in bars:
@@ -129,10 +139,10 @@ def run(title: str, script: str, description: str | None, bars: Sequence[Bar]) -
             "date": datetime.date.today().isoformat(),
             "commit": commit.stdout.strip(),
             "saccade": sc.__version__,
-            "machine": describe("cpu"),
+            "machine": describe(device),
             "bars": rows,
         }
-        path = FOLDER / f"{script}.json"
+        path = FOLDER / f"{script if device == 'cpu' else f'{script}_{device}'}.json"
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         console.print(f"written to {path}")
     return 0
