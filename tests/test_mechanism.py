@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import saccade as sc
-from saccade.mechanism.values import ByHead, Join, Mix, Pairwise, Recurrent
+from saccade.mechanism import ByHead, Join, Mix, Pairwise, Recurrent
 from saccade.parts.base import NAMES, Part, Sizes, register
 from saccade.parts.feature import Elu1
 from saccade.parts.mask import Causal, Full, Mask, Sink, Window

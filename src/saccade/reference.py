@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism.text import mechanism as parse
-from saccade.mechanism.values import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.parts.heads import LEARNED
 from saccade.parts.memory import ChannelRatio, RowRatio, divide, log_total
 from saccade.parts.normalizer import merge

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import saccade as sc
 from saccade.parts.pair import Context
-from saccade.parts.tokens import Rope, Standardize, TokenMap
+from saccade.parts.tokens import Rope, Standardize, TokenMap, near_turns, turn_table
 
 
 def mapped(part: TokenMap, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -78,3 +79,44 @@ def test_standardize() -> None:
         for c in range(5):
             want = (row[c] - mean) / math.sqrt(variance + 1e-3)
             assert got[(*index, c)].item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_kept_table_of_turns_changes_no_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 40, 8).to(dtype)
+    for first in (0, 1, 7, 100, 5000):
+        at = first + torch.arange(40)
+        each = [mapped(Rope(), x[:, :, n : n + 1], at[n].view(1, 1).double()) for n in range(40)]
+        assert torch.equal(mapped(Rope(), x, at[None]), torch.cat(each, 2))
+
+
+def test_tables_are_few_and_made_for_near_positions_on_the_cpu_alone() -> None:
+    x = torch.randn(1, 1, 2, 8)
+    turn_table.cache_clear()
+    for at in ([[0, 2]], [[-1, 0]], [[0, 1], [4, 5]], [[1 << 20, (1 << 20) + 1]]):
+        assert near_turns(Rope(), torch.tensor(at), 8, torch.float32) is None
+    assert near_turns(Rope(), torch.arange(2, device="meta")[None], 8, torch.float32) is None
+    assert turn_table.cache_info().currsize == 0
+    for base in range(1, 20):
+        mapped(Rope(float(base)), x, torch.tensor([[100, 101]]))
+    assert turn_table.cache_info().currsize == turn_table.cache_info().maxsize == 4
+    assert mapped(Rope(), torch.randn(1, 1, 0, 8), torch.zeros(1, 0, dtype=torch.long)).shape == (1, 1, 0, 8)
+
+
+def test_a_table_made_in_inference_mode_serves_training() -> None:
+    x = torch.randn(1, 2, 6, 8, requires_grad=True)
+    turn_table.cache_clear()
+    with torch.inference_mode():
+        want = mapped(Rope(), x, torch.arange(6)[None]).clone()
+    got = mapped(Rope(), x, torch.arange(6)[None])
+    assert torch.equal(got, want)
+    (grad,) = torch.autograd.grad(got.square().sum() / 2, x)
+    torch.testing.assert_close(grad, x.detach())
+
+
+def test_tracing_and_fake_tensors_leave_no_table_behind() -> None:
+    turn_table.cache_clear()
+    with FakeTensorMode():
+        x = torch.randn(1, 2, 6, 8)
+        assert mapped(Rope(), x, torch.arange(6)[None]).shape == (1, 2, 6, 8)
+    assert turn_table.cache_info().currsize == 0

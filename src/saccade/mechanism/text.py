@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from saccade.errors import MechanismError
-from saccade.mechanism.values import Combine, Mechanism, Mixer, Pairwise, Recurrent
+from saccade.mechanism.base import Mechanism
+from saccade.mechanism.combination import Combine
+from saccade.mechanism.values import Mixer, Pairwise, Recurrent
 from saccade.parts.base import NAMES, Part, nearest, register, value_text
 from saccade.parts.mask import Full, Pairs
 from saccade.parts.tokens import TokenMap
@@ -385,3 +387,8 @@ def system(name: str, *, ref: str) -> Callable[[Callable[..., Mechanism]], Calla
         return make
 
     return enter
+
+
+def names() -> dict[str, Callable[..., Any]]:
+    """Every word of the text form, with what it makes."""
+    return dict(NAMES)

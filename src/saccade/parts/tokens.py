@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ class TokenMap(Part):
     on: ClassVar[tuple[On, ...]] = ("q", "k")
 
     def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
-        """x (B, heads, n, d), one of q, k and v, and positions (B or 1, n) to (B, heads, n, d).
+        """x (B, heads, n, d), one of q, k and v, and ascending positions (B or 1, n) to (B, heads, n, d).
 
         `c` holds the call's params, and its streams for these tokens.
         """
@@ -32,16 +33,16 @@ class TokenMap(Part):
 
 
 class Turn(torch.autograd.Function):
-    """(a cos - b sin, a sin + b cos) for the halves a, b of x: two products a half, and no other buffer than the result."""
+    """(a cos - b sin, b cos + a sin) for the halves a, b of x, in three passes and no other buffer than the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        out, half = torch.empty_like(x), x.shape[-1] // 2
-        (a, b), (u, w) = x.split(half, -1), out.split(half, -1)
-        torch.mul(a, cos, out=u).addcmul_(b, sin, value=-1)
-        torch.mul(a, sin, out=w).addcmul_(b, cos)
-        return out
+        halves = x.unflatten(-1, (2, -1))
+        out = halves * cos.unsqueeze(-2)
+        out[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
+        out[..., 1, :].addcmul_(halves[..., 0, :], sin)
+        return out.flatten(-2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -67,13 +68,46 @@ class Rotary(TokenMap):
         """Radians (B or 1, 1, n, d / 2), float64, at positions (B or 1, n)."""
         return positions[:, None, :, None].double() * self.rates(d, positions.device)
 
+    def turns(self, positions: Tensor, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles, stretched, in a dtype."""
+        angle, by = self.angles(positions, d), self.stretch()
+        return (by * angle.cos()).to(dtype), (by * angle.sin()).to(dtype)
+
     def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
         d = x.shape[-1]
         if d % 2:
             raise NotSupported(f"{self.name} turns pairs of channels: head_dim must be even, got {d}")
         wide = torch.promote_types(x.dtype, torch.float32)
-        angle, by = self.angles(positions, d), self.stretch()
-        return Turn.apply(x.to(wide), (by * angle.cos()).to(wide), (by * angle.sin()).to(wide)).to(x.dtype)
+        kept = near_turns(self, positions, d, wide)
+        cos, sin = self.turns(positions, d, wide) if kept is None else kept
+        return Turn.apply(x.to(wide), cos, sin).to(x.dtype)
+
+
+KEPT = 1 << 19  # cosines in a table that is kept: 16,384 positions at head_dim 64
+
+
+def near_turns(part: Rotary, positions: Tensor, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The turns at consecutive positions on the CPU, cut from a table; None for others, far ones and in tracing.
+
+    On an accelerator the first position would have to be waited for, and a tensor that outlives its stream guarded.
+    """
+    plain = type(positions) is Tensor and not torch.compiler.is_compiling()
+    if not plain or positions.device.type != "cpu" or positions.is_floating_point() or len(positions) != 1:
+        return None
+    n = positions.shape[1]
+    first, last = (int(positions[0, 0]), int(positions[0, -1])) if n else (0, 0)
+    size = 1 << last.bit_length()
+    if first < 0 or last - first + 1 != n or size * (d // 2) > KEPT:
+        return None
+    cos, sin = turn_table(part, size, d, dtype)
+    return cos[:, :, first : last + 1], sin[:, :, first : last + 1]
+
+
+@functools.lru_cache(maxsize=4)
+def turn_table(part: Rotary, size: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The turns at positions 0 to size - 1 on the CPU; training may use them, even where inference made them."""
+    with torch.inference_mode(False), torch.no_grad():
+        return part.turns(torch.arange(size, device="cpu")[None], d, dtype)
 
 
 def rope_rates(base: float, d: int, device: torch.device) -> Tensor:

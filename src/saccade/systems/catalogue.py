@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from saccade.errors import MechanismError
-from saccade.mechanism.values import names
+from saccade.mechanism import names
 
 
 @dataclass(frozen=True)
