@@ -146,7 +146,7 @@ def recurrent(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
 
 
 def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
-    """w_ij = phi(q_i).phi(k_j) decay^(i - j), divided as the ratio says, and the log-denominator or None."""
+    """w_ij = phi(q_i).phi(k_j) decayed from j to i, divided as the ratio says, and the log-denominator or None."""
     phi_q, scale_q = m.feature.map(c.q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(c.k, "k", c.valid, c.buffers)
     if c.valid is not None:
@@ -158,10 +158,19 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
         exist = exist & c.valid[:, None, None]
     if c.mask is not None:
         exist = exist & c.mask
-    log = torch.zeros((), dtype=phi_q.dtype, device=phi_q.device)
-    if m.decay is not None:
-        rate = m.decay.log(c.k.shape[1], phi_q.device, phi_q.dtype).repeat_interleave(repeat)
-        log = rate[:, None, None] * (i - j)
+    if m.write is not None and not m.write.overwrites:
+        phi_k = phi_k * m.write.gain(c).unsqueeze(-1)
+    decay = None if m.decay is None else m.decay.log(c).to(phi_q.dtype)
+    if decay is not None and decay.shape[-1] > 1:
+        log, dots = (
+            torch.zeros((), dtype=phi_q.dtype, device=phi_q.device),
+            _faded(phi_q, phi_k, decay, c.i - c.start),
+        )
+    else:
+        log = torch.zeros((), dtype=phi_q.dtype, device=phi_q.device)
+        if decay is not None:
+            log = _fade(decay[..., 0], c.i - c.start, c.k.shape[2]).repeat_interleave(repeat, 1)
+        dots = grouped_matmul(phi_q, phi_k.transpose(-1, -2))
     if scale_k is not None:
         log = log + scale_k.repeat_interleave(repeat, dim=1)[:, :, None]
     log = log.expand(*phi_q.shape[:3], phi_k.shape[2]).masked_fill(~exist, -math.inf)
@@ -169,13 +178,60 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     top = top.masked_fill(torch.isneginf(top), 0.0)
     if isinstance(m.ratio, ChannelRatio):
         sums = phi_k.sum(2).repeat_interleave(repeat, dim=1)[:, :, None]
-        phi_q = divide(phi_q, sums)
-    w = grouped_matmul(phi_q, phi_k.transpose(-1, -2)) * torch.exp(log - top)
+        dots = grouped_matmul(divide(phi_q, sums), phi_k.transpose(-1, -2))
+    w = dots * torch.exp(log - top)
+    if m.write is not None and m.write.overwrites:
+        return w @ _rewritten(m, c, phi_k, decay).repeat_interleave(repeat, dim=1), None
     if not isinstance(m.ratio, RowRatio):
         return w, None
     total = w.sum(-1, keepdim=True)
     lse = (log_total(total) + top).squeeze(-1) + (0.0 if scale_q is None else scale_q)
     return divide(w, total), lse
+
+
+def _fade(decay: Tensor, rows: Tensor, keys: int) -> Tensor:
+    """Log decay from key j to row i, (b or 1, g, rows, keys), of log decays (b or 1, g, keys or 1); where j > i without meaning."""
+    if decay.shape[2] == 1:
+        return decay[..., None] * (rows[:, None, :, None] - torch.arange(keys, device=rows.device))
+    cumulated = decay.cumsum(2)
+    at = rows[:, None].expand(len(rows), decay.shape[1], -1)
+    here = cumulated.expand(max(len(cumulated), len(rows)), -1, -1).gather(
+        2, at.expand(max(len(cumulated), len(rows)), -1, -1)
+    )
+    return here[..., None] - cumulated[:, :, None]
+
+
+def _faded(x: Tensor, y: Tensor, decay: Tensor, rows: Tensor) -> Tensor:
+    """Products of x (b, h, rows, m) and y (b, g, keys, m), each channel decayed from key to row, those of later keys zero."""
+    repeat, keys = x.shape[1] // y.shape[1], y.shape[2]
+    later = torch.arange(keys, device=x.device) > rows[:, None, :, None]
+    out = torch.zeros((*x.shape[:3], keys), dtype=x.dtype, device=x.device)
+    for channel in range(x.shape[-1]):
+        log = (
+            _fade(decay[..., channel], rows, keys).masked_fill(later, -math.inf).repeat_interleave(repeat, 1)
+        )
+        part = y[..., channel].repeat_interleave(repeat, 1)
+        out = out + x[..., channel, None] * part[:, :, None] * torch.exp(log)
+    return out
+
+
+def _rewritten(m: Recurrent, c: Context, phi_k: Tensor, decay: Tensor | None) -> Tensor:
+    """What each value adds to what is written at each token, (b, g, tokens, tokens), where writing overwrites.
+
+    u_t = beta_t (v_t - sum over s < t of (phi(k_t).phi(k_s), decayed from s to t) u_s).
+    """
+    assert m.write is not None
+    keys = phi_k.shape[2]
+    rows = torch.arange(keys, device=phi_k.device)[None]
+    fixed = phi_k.new_zeros(1, phi_k.shape[1], 1, 1) if decay is None else decay
+    beta = m.write.gain(c).to(phi_k.dtype)
+    if fixed.shape[-1] > 1:
+        seen = _faded(phi_k, phi_k, fixed, rows)
+    else:
+        later = torch.ones(keys, keys, dtype=torch.bool, device=phi_k.device).triu()
+        seen = (phi_k @ phi_k.mT) * torch.exp(_fade(fixed[..., 0], rows, keys).masked_fill(later, -math.inf))
+    lower = torch.eye(keys, dtype=phi_k.dtype, device=phi_k.device) + beta.unsqueeze(-1) * seen.tril(-1)
+    return torch.linalg.solve_triangular(lower, torch.diag_embed(beta), upper=False)
 
 
 def combine(m: Combine, c: Context) -> tuple[Tensor, Tensor | None]:

@@ -116,7 +116,7 @@ def test_the_chunk_length_does_not_change_the_result(
     c = reference.context(call.q, call.k, call.v, buffers=call.buffers)
     c = map_tokens(m.tokens, c, 37)
     whole, _, same_after = chunked(m, c)
-    monkeypatch.setattr(recurrent, "chunk_length", lambda device: chunk)
+    monkeypatch.setattr(recurrent, "chunk_length", lambda m, device: chunk)
     out, _, after = chunked(m, c)
     same("out", out, whole)
     if chunk == 1:

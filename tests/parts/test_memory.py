@@ -9,13 +9,6 @@ import torch
 from torch import Tensor
 
 import saccade as sc
-from saccade.parts.memory import FixedDecay
-
-
-def test_fixed_decay_is_one_minus_a_power_of_two() -> None:
-    for first in (5.0, 1.0, 2.5):
-        got = FixedDecay(first).log(4, torch.device("cpu"), torch.float64).exp()
-        assert got.tolist() == pytest.approx([1 - 2 ** (-first - h) for h in range(4)], abs=1e-14)
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, gamma: float, ratio: bool, elu: bool) -> list[list[float]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saccade.cost import Cost, Request
+from saccade.kernels import gated
 from saccade.kernels.base import Kernel
 from saccade.mechanism.values import Mechanism, Recurrent
 from saccade.parts.feature import Identity
@@ -24,8 +25,10 @@ from saccade.parts.pair import Context, without_padding
 CHUNK = 128
 
 
-def chunk_length(device: str) -> int:
-    """Tokens of a chunk: what a cache holds on a CPU, what fills a GPU."""
+def chunk_length(m: Recurrent, device: str) -> int:
+    """Tokens of a chunk: what a cache holds on a CPU, what fills a GPU; many small chunks where these are solved at once."""
+    if by_group(m):
+        return gated.CHUNK * gated.GROUP
     return CHUNK if device == "cpu" else 4 * CHUNK
 
 
@@ -49,6 +52,8 @@ def bidirectional(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     g, h = k.shape[1], q.shape[1]
     phi_q, scale_q = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(k, "k", c.valid, c.buffers)
+    if m.write is not None:
+        phi_k = phi_k * m.write.gain(c).unsqueeze(-1)
     if c.valid is not None:
         phi_k = phi_k.masked_fill(~c.valid[:, None, :, None], 0)
     top = None
@@ -82,23 +87,27 @@ def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tenso
     c = without_padding(c)
     b, g, e = c.q.shape[0], c.k.shape[1], c.v.shape[-1]
     wide = torch.promote_types(c.v.dtype, torch.float32)
-    rate = None if m.decay is None else m.decay.log(g, c.q.device, wide)
+    decay = None if m.decay is None else m.decay.log(c).to(wide)
+    gain = None if m.write is None else m.write.gain(c).to(wide)
     empty = torch.empty(0, dtype=wide, device=c.v.device)
     carry = carry or Carry.empty(b, g, m.feature.size(c.q.shape[-1]), e, empty)
     outs, lses = [], []
-    inputs = (c.q, c.k, c.v, *c.params.values(), carry.s)
+    inputs = (c.q, c.k, c.v, *c.params.values(), *c.streams.values(), carry.s)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     whole = None if tracked else c.q.new_empty(*c.q.shape[:3], e)
-    chunk = chunk_length(c.q.device.type)
+    chunk = chunk_length(m, c.q.device.type)
     chunks = zip(*(x.split(chunk, dim=2) for x in (c.q, c.k, c.v)), strict=True)
     for n, (q, k, v) in enumerate(chunks):
         valid = None if c.valid is None else c.valid[:, n * chunk : (n + 1) * chunk]
         fq, scale_q = m.feature.map(_wide(q), "q", None, c.buffers)
         fk, scale_k = m.feature.map(_wide(k), "k", valid, c.buffers)
+        at = slice(n * chunk, (n + 1) * chunk)
+        log = decay if decay is None or decay.shape[2] == 1 else decay[:, :, at]
+        strength = None if gain is None else gain[:, :, at]
         if valid is not None:
             fk = fk.masked_fill(~valid[:, None, :, None], 0)
             scale_k = None if scale_k is None else scale_k.masked_fill(~valid[:, None], -torch.inf)
-        out, lse, carry = advance(m.ratio, fq, fk, _wide(v), scale_k, rate, carry)
+        out, lse, carry = advance(m, fq, fk, _wide(v), scale_k, log, strength, carry)
         if whole is None:
             outs.append(out.to(c.q.dtype))
         else:
@@ -111,44 +120,76 @@ def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tenso
     )
 
 
+def by_group(m: Recurrent) -> bool:
+    """Whether the chunks of `gated` run a mechanism: decay by channel, or writing that overwrites."""
+    return (m.decay is not None and m.decay.channels) or (m.write is not None and m.write.overwrites)
+
+
 def advance(
+    m: Recurrent,
+    fq: Tensor,
+    fk: Tensor,
+    v: Tensor,
+    scale: Tensor | None,
+    log: Tensor | None,
+    gain: Tensor | None,
+    carry: Carry,
+) -> tuple[Tensor, Tensor | None, Carry]:
+    """One chunk of C tokens: fq (b, h, C, m), fk (b, g, C, m), v (b, g, C, e), scale (b, g, C), log (b or 1, g, C or 1, 1 or m), gain (b, g, C)."""
+    overwrites = m.write is not None and m.write.overwrites
+    if gain is not None and not overwrites:
+        fk = fk * gain.unsqueeze(-1)
+    if not by_group(m):
+        return _square(m.ratio, fq, fk, v, scale, None if log is None else log[..., 0], carry)
+    z = carry.z if isinstance(m.ratio, RowRatio) else None
+    out, total, s, z = gated.advance(fq, fk, v, log, gain if overwrites else None, carry.s, z)
+    after = Carry(s, carry.z if z is None else z, carry.m)
+    if total is None:
+        return out, None, after
+    return divide(out, total.unsqueeze(-1)), log_total(total), after
+
+
+def _square(
     ratio: Ratio | None,
     fq: Tensor,
     fk: Tensor,
     v: Tensor,
     scale: Tensor | None,
-    rate: Tensor | None,
+    log: Tensor | None,
     carry: Carry,
 ) -> tuple[Tensor, Tensor | None, Carry]:
-    """One chunk of C tokens: fq (b, h, C, m), fk (b, g, C, m), v (b, g, C, e), scale (b, g, C), rate (g,)."""
+    """One chunk as one square of weights; log (b or 1, g, C or 1) decays every channel alike."""
     b, h, span, size = fq.shape
     g = fk.shape[1]
     rows = fq.reshape(b, g, h // g * span, size)
     a = (rows @ fk.transpose(-1, -2)).view(b, g, h // g, span, span)
     reader, writer, keep, level = rows, fk, None, None
-    if rate is None and scale is None:
+    if log is None and scale is None:
         a = a.tril()
         final = carry.m
     else:
-        steps = torch.arange(1, span + 1, device=v.device, dtype=v.dtype)
-        log = v.new_zeros(g, span) if rate is None else rate[:, None] * steps
-        fade = log[:, -1]
-        below = torch.ones(span, span, dtype=torch.bool, device=v.device).tril()
-        if scale is None:
-            shifted, safe, base, final = -log, -log, -fade[:, None], carry.m
-            read, keep = torch.exp(log).expand(b, g, span), torch.exp(fade).expand(b, g)
+        log = v.new_zeros(1, g, 1) if log is None else log
+        if log.shape[-1] == 1:
+            steps = torch.arange(1, span + 1, device=v.device, dtype=v.dtype)
+            sums = log * steps
+            path = (log.unsqueeze(-1) * (steps[:, None] - steps)).masked_fill(
+                ~gated.below(span, v.device), -torch.inf
+            )
         else:
-            shifted = scale - log
-            level = torch.maximum(shifted.cummax(-1).values, carry.m[..., None])
-            safe, final = torch.nan_to_num(level, neginf=0.0), level[..., -1] + fade
-            base = torch.nan_to_num(level[..., -1:], neginf=0.0)
-            read = torch.exp(carry.m[..., None] - safe)
+            sums, path = log.cumsum(-1), gated.paths(log)
+        if scale is None:
+            read, writes, keep, final = torch.exp(sums), path[..., -1, :], torch.exp(sums[..., -1]), carry.m
+        else:
+            path = path + scale.unsqueeze(-2)
+            before = carry.m[..., None] + sums
+            level = torch.maximum(path.amax(-1), before)
+            safe, final = torch.nan_to_num(level, neginf=0.0), level[..., -1]
+            path = path - safe.unsqueeze(-1)
+            read, writes = torch.exp(before - safe), path[..., -1, :]
             keep = read[..., -1]
-            level = level + log
-        inside = torch.exp((shifted.unsqueeze(-2) - safe.unsqueeze(-1)).masked_fill(~below, -torch.inf))
-        a = a * inside.unsqueeze(-3)
-        reader = rows * read.repeat(1, 1, h // g).unsqueeze(-1)
-        writer = fk * torch.exp(shifted - base).unsqueeze(-1)
+        a = a * torch.exp(path).unsqueeze(-3)
+        reader = rows * read.expand(b, g, span).repeat(1, 1, h // g).unsqueeze(-1)
+        writer = fk * torch.exp(writes).unsqueeze(-1)
     square = a.view(b, g, -1, span)
     out = square @ v + reader @ carry.s
     s, z = writer.transpose(-1, -2) @ v, writer.sum(2)
@@ -172,16 +213,24 @@ def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
     g, e = k.shape[1], v.shape[-1]
     phi_q, _ = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale = m.feature.map(k, "k", None, c.buffers)
-    rate = m.decay.log(g, q.device, v.dtype) if m.decay is not None else v.new_zeros(g)
-    fk, level = phi_k[:, :, 0], carry.m
+    log = v.new_zeros(1, g, 1) if m.decay is None else m.decay.log(c)[:, :, 0].to(v.dtype)
+    gain = None if m.write is None else m.write.gain(c)[:, :, 0].to(v.dtype)
+    fk, value, level = phi_k[:, :, 0], v[:, :, 0], carry.m
     if scale is None:
-        keep = torch.exp(rate)[None].expand(b, g)
+        keep = torch.exp(log)
     else:
-        level = torch.maximum(carry.m + rate, scale[..., 0])
-        keep = torch.exp(carry.m + rate - level)
+        before = carry.m + log[..., 0]
+        level = torch.maximum(before, scale[..., 0])
+        keep = torch.exp(before - level).unsqueeze(-1)
         fk = fk * torch.exp(scale[..., 0] - level).unsqueeze(-1)
-    s = carry.s * keep[..., None, None] + fk.unsqueeze(-1) * v[:, :, 0].unsqueeze(-2)
-    z = carry.z * keep[..., None] + fk
+    s = carry.s * keep.unsqueeze(-1)
+    if m.write is not None and m.write.overwrites:
+        assert gain is not None
+        value = (value - (fk.unsqueeze(-2) @ s).squeeze(-2)) * gain.unsqueeze(-1)
+    elif gain is not None:
+        fk = fk * gain.unsqueeze(-1)
+    s = s + fk.unsqueeze(-1) * value.unsqueeze(-2)
+    z = carry.z * keep + fk
     rows = phi_q.view(b, g, h // g, -1)
     out = rows @ s
     if isinstance(m.ratio, RowRatio):
@@ -234,7 +283,9 @@ class RecurrentKernel(Kernel):
             if r.grad:
                 peak += (q + k + v + o) * wide + (2 * mapped if drawn else 0)
             return Cost(flops, q + k + v + o + 2 * (phi_q + phi_k), peak, 20)
-        span = chunk_length(r.device)
+        if by_group(m):
+            return self._group_cost(m, r)
+        span = chunk_length(m, r.device)
         count, last = divmod(s.length, span)
         ends = (min(s.length, span), last or min(s.length, span))
         squares = count * span**2 + last**2
@@ -248,13 +299,41 @@ class RecurrentKernel(Kernel):
         flops += s.batch * (s.heads + s.kv_heads) * s.length * draws * (2 if r.grad else 1)
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
         weighed = drawn or m.decay is not None
-        chunk = (4 if weighed else 2) * span + 4 * size + 2 * s.value_dim
+        chunk = (6 if drawn else 4 if weighed else 2) * span + 4 * size + 2 * s.value_dim
         peak = states + o + s.batch * s.heads * ends[0] * chunk * r.wide
         if r.grad:
             peak = states + 2 * o * wide + (q + k + v) * wide // 2 + mapped * (3 if drawn else 1)
             peak += s.batch * s.heads * squares * r.wide * (2 if weighed else 1)
             peak += phi_q + phi_k if weighed else 0
         return Cost(flops, 3 * (q + k + v + o) * (3 if r.grad else 1), peak, 40 + 12 * count)
+
+    def _group_cost(self, m: Recurrent, r: Request) -> Cost:
+        """The cost of chunks that run in groups."""
+        s, size, span = r.shape, m.feature.size(r.shape.head_dim), gated.CHUNK
+        chunks = -(-s.length // span)
+        readers, states = s.batch * s.heads, s.batch * s.kv_heads
+        channels = m.decay is not None and m.decay.channels
+        products = 2 * size * (gated.far_pairs(span) if channels else span**2)
+        turn, ratio = 2 * span * size * s.value_dim, isinstance(m.ratio, RowRatio)
+        flops = chunks * readers * (products + 2 * span**2 * s.value_dim + turn + ratio * 2 * span * size)
+        flops += chunks * states * turn
+        overwrites = m.write is not None and m.write.overwrites
+        if overwrites:
+            flops += chunks * states * (products + turn)
+        if r.grad:  # the state after the last chunk is not read, the one before the first has no gradient
+            flops = 3 * flops - states * turn * (2 + overwrites)
+            flops += overwrites * chunks * states * 2 * span**2 * (size + s.value_dim)
+        q, k, v, o = r.tensor_bytes()
+        wide, held = r.wide // r.item, min(chunks, gated.GROUP)
+        near, carried = gated.BLOCK * size * channels, states * size * s.value_dim
+        row = 3 * size + s.value_dim + 2 * span + (near or 2 * span)
+        each = readers * row + states * (2 * size + s.value_dim + 2 * overwrites * row)
+        peak = o + held * r.wide * (span * each + carried)
+        if r.grad:
+            solved = overwrites * (3 * span + 2 * size + s.value_dim)
+            each = readers * (span + 3 * size + 2 * near) + states * (2 * size + s.value_dim + solved)
+            peak = 2 * o * wide + chunks * r.wide * (span * each + carried)
+        return Cost(flops, 4 * (q + k + v + o) * (3 if r.grad else 1), peak, 60 + 8 * chunks)
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Recurrent)

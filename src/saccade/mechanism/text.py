@@ -250,6 +250,7 @@ KINDS = {
     "tiles": "tiles",
     "feature": "feature",
     "decay": "decay",
+    "write": "write",
     "ratio": "ratio",
     "tokens": "tokens",
     "logits": "logits",
@@ -258,7 +259,7 @@ KINDS = {
     "output": "output",
 }
 MANY = {"tokens", "logits", "reweight", "value", "output"}
-STATE_ONLY = {"feature", "decay", "ratio"}
+STATE_ONLY = {"feature", "decay", "write", "ratio"}
 SHARED = {"heads", "tokens", "output"}
 
 

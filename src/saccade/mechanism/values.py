@@ -15,11 +15,12 @@ from saccade.errors import MechanismError
 from saccade.mechanism.base import Mechanism, check_parts
 from saccade.parts.algebra import And, Full, Or, Pairs, is_static, split
 from saccade.parts.base import Causality, Part, call_text
+from saccade.parts.decay import Decay
 from saccade.parts.feature import Feature, Identity
 from saccade.parts.heads import INPUT, Heads
 from saccade.parts.logits import Logits
 from saccade.parts.mask import Causal
-from saccade.parts.memory import Decay, Ratio
+from saccade.parts.memory import Ratio
 from saccade.parts.normalizer import Normalizer, Softmax
 from saccade.parts.output import Output
 from saccade.parts.reweight import Reweight
@@ -29,6 +30,7 @@ from saccade.parts.summary import Summary
 from saccade.parts.tiles import Tiles
 from saccade.parts.tokens import On, TokenMap
 from saccade.parts.value import Value
+from saccade.parts.write import Write
 
 __all__ = ["Mechanism", "Mixer", "Pairwise", "Recurrent"]
 
@@ -169,8 +171,8 @@ class Pairwise(Mechanism):
 class Recurrent(Mechanism):
     """A state that is written with each key and value and read with each query.
 
-    S_t = exp(decay) S_{t-1} + phi(k_t) v_t, out_t = phi(q_t) S_t, divided as `ratio` says. Without a causal limit
-    every query reads the final state.
+    S_t = exp(decay_t) S_{t-1} + phi(k_t) v_t, out_t = phi(q_t) S_t, divided as `ratio` says; `write` says otherwise how a
+    key and a value enter. Without a causal limit every query reads the final state.
     """
 
     heads: Heads | None = None
@@ -178,6 +180,7 @@ class Recurrent(Mechanism):
     pairs: Pairs = Full()
     feature: Feature = Identity()
     decay: Decay | None = None
+    write: Write | None = None
     ratio: Ratio | None = None
     output: tuple[Output, ...] = ()
 
@@ -196,6 +199,14 @@ class Recurrent(Mechanism):
         if self.decay is not None and not self.pairs.looks_back:
             raise MechanismError(
                 f"{self.decay.name} forgets with distance, which needs an order: add `causal`"
+            )
+        if self.write is not None and self.write.overwrites and not self.pairs.looks_back:
+            raise MechanismError(
+                f"{self.write.name} overwrites what came before, which needs an order: add `causal`"
+            )
+        if self.decay is not None and self.decay.channels and "ratio" in self.feature.needs:
+            raise MechanismError(
+                f"{self.feature.name} keeps one scale for all channels, and {self.decay.name} differs between them; use gate_decay"
             )
         check_parts(self)
 

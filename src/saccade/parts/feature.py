@@ -37,7 +37,7 @@ class Identity(Feature):
     """phi(x) = x."""
 
     name = "identity"
-    gives = frozenset({"bilinear"})
+    gives = frozenset({"bilinear", "channelwise"})
 
     def map(
         self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
@@ -50,7 +50,7 @@ class Elu1(Feature):
     """phi(x) = elu(x) + 1 (Katharopoulos et al., Transformers are RNNs, 2020)."""
 
     name = "elu1"
-    gives = frozenset({"denominator", "positive"})
+    gives = frozenset({"channelwise", "denominator", "positive"})
 
     def map(
         self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]

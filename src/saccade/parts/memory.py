@@ -1,41 +1,13 @@
-"""What a recurrent mechanism does with its state: forget, and divide what it reads.
-
-Legend: b batch, g state heads, m feature size, e value size.
-"""
+"""What the read-out of a state is divided by."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saccade.parts.base import Part, arg
-
-
-class Decay(Part):
-    """How much of the state survives a token, as a logarithm of at most 0."""
-
-    kind = "decay"
-
-    def log(self, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Log decay a token, (heads,)."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class FixedDecay(Decay):
-    """gamma_h = 1 - 2^(-first - h) (Sun et al., Retentive Network, 2023)."""
-
-    first: float = arg(5.0, above=0.0)
-
-    name = "fixed_decay"
-
-    def log(self, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(
-            [math.log1p(-(2.0 ** (-self.first - h))) for h in range(heads)], device=device, dtype=dtype
-        )
+from saccade.parts.base import Part
 
 
 class Ratio(Part):

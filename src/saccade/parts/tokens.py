@@ -128,6 +128,18 @@ class Rope(Rotary):
 
 
 @dataclass(frozen=True)
+class Unit(TokenMap):
+    """Divide each head vector by its length, zeros stay zeros."""
+
+    eps: float = arg(1e-6, above=0.0)
+
+    name = "unit"
+
+    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
+        return torch.nn.functional.normalize(x, dim=-1, eps=self.eps)
+
+
+@dataclass(frozen=True)
 class Standardize(TokenMap):
     """Centre each head vector and divide by its deviation, with no learned scale."""
 

@@ -52,7 +52,9 @@ class ReferenceKernel(Kernel):
         if r.lse and not _has_lse(m):
             return ["the mechanism has no log-denominator"]
         if r.masked and (
-            isinstance(m, Mixer) or (isinstance(m, Recurrent) and isinstance(m.ratio, ChannelRatio))
+            isinstance(m, Mixer)
+            or (isinstance(m, Recurrent) and isinstance(m.ratio, ChannelRatio))
+            or (isinstance(m, Recurrent) and m.write is not None and m.write.overwrites)
         ):
             return ["the mechanism has no single pairs to mask; use key_lengths for padding"]
         return (

@@ -5,9 +5,14 @@ from __future__ import annotations
 from saccade.errors import MechanismError
 from saccade.mechanism import Pairwise, Recurrent, system
 from saccade.parts.base import register
+from saccade.parts.decay import ChannelDecay, FixedDecay, StepDecay
 from saccade.parts.feature import Elu1, Favor, LengthScaled, SoftmaxFeature
+from saccade.parts.mask import Causal
 from saccade.parts.memory import ChannelRatio, RowRatio
+from saccade.parts.output import OutNorm
 from saccade.parts.summary import LengthProject
+from saccade.parts.tokens import Unit
+from saccade.parts.write import Delta, StepWrite
 
 
 def linear() -> Recurrent:
@@ -15,7 +20,33 @@ def linear() -> Recurrent:
     return Recurrent(feature=Elu1(), ratio=RowRatio())
 
 
-register("linear", linear)
+def retention(first: float = 5.0) -> Recurrent:
+    """q k^T decayed by a fixed rate a head, each head's output normalised (Sun et al., Retentive Network, 2023)."""
+    return Recurrent(pairs=Causal(), decay=FixedDecay(first), output=(OutNorm(),))
+
+
+def gla(temperature: float = 16.0) -> Recurrent:
+    """A gate for every channel of the key forgets; normalised output (Yang et al., Gated Linear Attention, 2024)."""
+    return Recurrent(pairs=Causal(), decay=ChannelDecay(temperature), output=(OutNorm(),))
+
+
+def delta_net() -> Recurrent:
+    """Keys of length one overwrite what they held (Yang et al., Parallelizing Linear Transformers with the Delta Rule, 2024)."""
+    return Recurrent(tokens=(Unit(),), pairs=Causal(), write=Delta(), output=(OutNorm(),))
+
+
+def gated_delta_net() -> Recurrent:
+    """The delta rule on a state that each token's step lets fade (Yang et al., Gated Delta Networks, 2025)."""
+    return Recurrent(tokens=(Unit(),), pairs=Causal(), decay=StepDecay(), write=Delta(), output=(OutNorm(),))
+
+
+def mamba2() -> Recurrent:
+    """One step a token and head both forgets and writes (Dao and Gu, Transformers are SSMs, 2024)."""
+    return Recurrent(pairs=Causal(), decay=StepDecay(), write=StepWrite(), output=(OutNorm(),))
+
+
+for maker in (linear, retention, gla, delta_net, gated_delta_net, mamba2):
+    register(maker.__name__, maker)
 
 
 @system("performer_favor", ref="S187")

@@ -134,8 +134,8 @@ def grouped_heads(s: Subject) -> str:
     m = s.mechanism
     if isinstance(m, ByHead):
         raise Skip("members own their heads")
-    if any(p.kind == "decay" for p in m.parts()):
-        raise Skip("the decay differs a state head")
+    if any(p.kind in ("decay", "write") for p in m.parts()):
+        raise Skip("decay and writing differ a state head")
     groups = s.groups if s.groups < HEADS else 2
     if s.groups < HEADS and m.weights(Sizes(HEADS, s.groups, HEAD_DIM, VALUE_DIM)):
         raise Skip("weights differ a key-value head")
