@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import saccade as sc
-from saccade.mechanism import combine
+from saccade.mechanism import Named, combine, draw_named
 from saccade.parts.base import PARTS, Sizes
 
 B, H, L, D, E = 2, 4, 64, 8, 4
@@ -60,30 +60,18 @@ def drawn(rng: random.Random) -> list[str]:
     return found
 
 
-def inputs(m: sc.Mechanism, seed: int) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
+def inputs(m: sc.Mechanism, seed: int) -> tuple[list[Tensor], Named]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    learned = isinstance(m, sc.Pairwise) and m.heads is not None and m.heads.learned_query
     groups = m.kv_heads(H)
-    sizes = Sizes(H, groups, D, E)
-    named = {
-        "params": {
-            n: (w.make(generator).double() + 0.1 * torch.randn(w.shape, generator=generator)).requires_grad_()
-            for n, w in m.weights(sizes).items()
-        },
-        "streams": {
-            n: (
-                torch.rand(s.shape(B, H, L), generator=generator, dtype=torch.float64)
-                * (L if s.positions else 1)
-            ).requires_grad_()
-            for n, s in m.streams(sizes).items()
-        },
-        "buffers": {n: b.double() for n, b in m.buffers(sizes, generator).items()},
-    }
-    return [normal(B, H, 1 if learned else L, D), normal(B, groups, L, D), normal(B, groups, L, E)], named
+    named = draw_named(m, Sizes(H, groups, D, E), B, L, generator, off=0.1, dtype=torch.float64)
+    for x in (*named["params"].values(), *named["streams"].values()):
+        x.requires_grad_()
+    rows = 1 if m.learned_query else L
+    return [normal(B, H, rows, D), normal(B, groups, L, D), normal(B, groups, L, E)], named
 
 
 def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:

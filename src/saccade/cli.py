@@ -118,7 +118,7 @@ def systems(
     with user_errors():
         from rich.console import Console
 
-        from saccade import cards
+        from saccade.insight import cards
         from saccade.systems import catalogue
 
         found = catalogue.search(" ".join(words or []), family, state)
@@ -138,7 +138,7 @@ def systems(
 def show(slug: Annotated[str, typer.Argument(help="A slug such as moba, or a ref such as S211.")]) -> None:
     """Print the card of a system: formula, composition, cost, paper, how to call it, what was found."""
     with user_errors():
-        from saccade import cards
+        from saccade.insight import cards
         from saccade.systems import catalogue
 
         entry = catalogue.get(slug)

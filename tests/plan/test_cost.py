@@ -37,6 +37,8 @@ COUNTED: list[tuple[str, str, int, dict[str, Any]]] = [
     ("causal + additive(8)", "slab", 200, {"kv": 2}),
     ("luong_attention(local=predictive)", "slab", 500, {}),
     ("linformer(rank=32, length=1024)", "slab", 1000, {}),
+    ("window(7) + sink_logit + length_scale", "slab", 1000, {"kv": 2}),
+    ("causal + relu", "slab", 500, {}),
     ("full", "sdpa", 500, {"value": 16}),
     ("causal + linear", "recurrent", 1024, {}),
     ("causal + linear", "recurrent", 1000, {"kv": 2, "value": 48}),

@@ -48,7 +48,8 @@ def formula(
                         left = layer.relation_query.weight[part] @ x[b, i]
                         side = layer.relation_query if symmetric else layer.relation_key
                         relations.append(left @ (side.weight[part] @ x[b, j]) / math.sqrt(5))
-                    symbol = layer.symbols.vectors[j]
+                    at = max(-4, min(4, j - i)) + 4 if symbols == "relative" else j
+                    symbol = layer.symbols.vectors[at]
                     if symbols == "dictionary":
                         symbol = torch.softmax(layer.symbols.key.weight @ x[b, j], 0) @ layer.symbols.vectors
                     total = total + a * (torch.cat((torch.stack(relations), symbol)) @ layer.read[h])
@@ -102,19 +103,24 @@ def test_decoding_equals_the_whole(symbols: str) -> None:
     torch.testing.assert_close(torch.cat(rows, 1), layer(x))
 
 
-def test_no_relation_of_a_pair_is_stored() -> None:
+@pytest.mark.parametrize("symbols", SYMBOLS)
+def test_no_relation_of_a_pair_is_stored(symbols: str) -> None:
     """The largest thing that a call makes grows with the length, not with its square."""
-    layer = sc.nn.RelationalAttention(16, 2, "causal", relations=4)
+    layer = sc.nn.RelationalAttention(16, 2, "causal", relations=4, symbols=symbols, entries=2049)
     with torch.no_grad():
         short, long = (largest_temporary(lambda n=n: layer(torch.zeros(1, n, 16))) for n in (512, 2048))
     assert long <= 4.2 * short
 
 
 def test_wrong_requests_are_refused() -> None:
-    with pytest.raises(ValueError, match="symbols must be one of dictionary, position, got 'none'"):
+    with pytest.raises(ValueError, match="symbols must be one of dictionary, position, relative, got 'none'"):
         build(symbols="none")
     with pytest.raises(ValueError, match="10 tokens are more than the 9 positions"):
         build(symbols="position")(torch.zeros(1, 10, DIM, dtype=torch.float64))
+    with pytest.raises(ValueError, match="an odd number of entries of at least 3, got 32"):
+        sc.nn.RelationalAttention(DIM, HEADS, symbols="relative")
+    with pytest.raises(sc.NotSupported, match="belong to pairs, which a recurrent mechanism has none of"):
+        build("causal + linear", symbols="relative")
     for text in ("mqa", "additive", "causal + out_gate", "sources(q=a)"):
         with pytest.raises(sc.NotSupported, match="take a mechanism that owns nothing"):
             build(text)

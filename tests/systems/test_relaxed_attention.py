@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import saccade as sc
 from saccade.nn.transformer import Block
+from saccade.systems.relaxed import fuzzy
 from systems.helpers import below, dense, largest_temporary, qkv, stepwise, train
 
 pytestmark = pytest.mark.system("S030")
@@ -84,6 +85,19 @@ def test_amounts_out_of_range_are_refused() -> None:
     for amount in (-0.1, 1.1):
         with pytest.raises(sc.MechanismError, match=r"amount must lie in 0\.\.1"):
             sc.mechanism(f"relaxed_attention({amount})")
+
+
+def test_a_fuzzy_amount_is_drawn_for_each_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [fuzzy(0.2, 0.1, generator, causal=True).shares[1] for _ in range(2000)]
+    inside = torch.tensor([x for x in drawn if x > 0])
+    assert min(drawn) == 0.0
+    assert abs(float(inside.median()) - 0.2) < 0.02
+    assert 0.08 < float(inside.std()) < 0.11
+    assert max(fuzzy(0.9, 0.5, generator).shares[1] for _ in range(50)) == 1.0
+    assert fuzzy(0.1, 0.0, generator, causal=True) == sc.mechanism("relaxed_attention(0.1, causal=true)")
+    with pytest.raises(sc.MechanismError, match="deviation must be at least 0, got -1"):
+        fuzzy(0.1, -1, generator)
 
 
 class Reader(nn.Module):

@@ -10,7 +10,6 @@ from saccade.tasks.motifs import Motifs
 from saccade.tasks.needle import Needle
 from saccade.tasks.numerals import Numerals, words
 from saccade.tasks.recall import SILENT
-from saccade.tasks.reverse import Reverse
 from saccade.tasks.waves import Waves
 
 
@@ -53,18 +52,6 @@ def test_numerals_hold_numbers_out() -> None:
     assert 0.05 < task.baseline(100) < 0.9
 
 
-def test_reverse_writes_backwards_and_ends() -> None:
-    task = Reverse(symbols=5, shortest=2, longest=6)
-    source, lengths, targets = task.batch(200, seeded())
-    for row, n, back in zip(source.tolist(), lengths.tolist(), targets.tolist(), strict=True):
-        assert back[: n + 1] == [*row[:n][::-1], task.end]
-        assert set(back[n + 1 :]) <= {SILENT}
-    many = task.batch(20000, seeded(1))
-    copied = torch.cat((many[0], torch.full((20000, 1), task.end)), 1)
-    assert abs(exact_match(copied, many[2]) - task.baseline) < 0.01
-    assert task.shifted(targets).min() >= 0
-
-
 def test_needle_answers_what_it_hid() -> None:
     task = Needle(length=40, needles=3, queries=5)
     tokens, targets = task.batch(100, seeded())
@@ -99,7 +86,6 @@ def test_waves_have_the_variance_and_baseline_that_they_state() -> None:
     ("make", "match"),
     [
         (lambda: Numerals(digits=9), "1 to 6"),
-        (lambda: Reverse(symbols=1), "at least 2 symbols"),
         (lambda: Needle(length=4), "at least"),
         (lambda: Needle(length=40, needles=9), "1 to 8"),
         (lambda: Motifs(width=13), "width"),

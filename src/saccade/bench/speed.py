@@ -11,7 +11,8 @@ from torch import Tensor
 
 import saccade as sc
 from saccade.bench import measure
-from saccade.parts.base import Sizes, Stream
+from saccade.mechanism import draw_named
+from saccade.parts.base import Sizes
 
 _TINY = 64  # tokens of the first call, which pays for what PyTorch sets up once
 _SETTLE = 2  # steps before a decode is measured, so that its cache has room
@@ -61,19 +62,16 @@ class Inputs:
         def rows(heads: int, length: int = job["length"]) -> Tensor:
             return ready(torch.randn(s["batch"], heads, length, s["head_dim"], generator=generator))
 
-        def stream(declared: Stream) -> Tensor:
-            numbers = torch.randn(declared.shape(s["batch"], s["heads"], job["length"]), generator=generator)
-            return ready(numbers.sigmoid() * job["length"] if declared.positions else numbers)
-
         sizes = Sizes(s["heads"], kv_heads, s["head_dim"], s["head_dim"])
+        named = draw_named(m, sizes, s["batch"], job["length"], generator)
         return cls(
             m,
-            rows(s["heads"], 1) if _learned_query(m) else rows(s["heads"]),
+            rows(s["heads"], 1) if m.learned_query else rows(s["heads"]),
             rows(kv_heads),
             rows(kv_heads),
-            {name: ready(w.make(generator)) for name, w in m.weights(sizes).items()},
-            {name: b.to(job["device"]) for name, b in m.buffers(sizes, generator).items()},
-            {name: stream(x) for name, x in m.streams(sizes).items()},
+            {name: ready(x) for name, x in named["params"].items()},
+            {name: x.to(job["device"]) for name, x in named["buffers"].items()},
+            {name: ready(x) for name, x in named["streams"].items()},
         )
 
     def attend(self) -> Tensor:
@@ -121,11 +119,6 @@ class Inputs:
             grad=what == "backward",
             decoding=what == "decode",
         ).kernel
-
-
-def _learned_query(m: sc.Mechanism) -> bool:
-    """True where all rows share one query, which a layer learns."""
-    return isinstance(m, sc.Pairwise) and m.heads is not None and m.heads.learned_query
 
 
 def _call(what: str, x: Inputs) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Looking inside attention: pictures of patterns."""
+"""Looking inside attention: pictures of patterns, and the cards of systems."""
 
 from saccade.insight.draw import Picture, draw
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import MechanismError, NotSupported
-from saccade.mechanism import Mechanism, Mixer, Pairwise
+from saccade.mechanism import Mechanism, Mixer, Pairwise, draw_named
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
 from saccade.plan import Attended, Weights, attend
@@ -122,21 +122,14 @@ def weights(m: Mechanism, length: int, content: bool, channels: int = _CHANNELS)
     """
     generator = torch.Generator().manual_seed(0)
     groups = m.kv_heads(_HEADS)
-    learned = isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query
     q, k = (
         torch.randn(1, h, n, channels, generator=generator) * content
-        for h, n in ((_HEADS, 1 if learned else length), (groups, length))
+        for h, n in ((_HEADS, 1 if m.learned_query else length), (groups, length))
     )
 
     def call(value_dim: int, v: Tensor, need: tuple[str | Weights, ...]) -> Attended | Tensor:
         sizes = Sizes(_HEADS, groups, channels, value_dim)
-        params = {name: w.make(generator) for name, w in m.weights(sizes).items()}
-        streams = {
-            name: torch.rand(s.shape(1, _HEADS, length), generator=generator) * (length if s.positions else 1)
-            for name, s in m.streams(sizes).items()
-        }
-        buffers = m.buffers(sizes, generator)
-        return attend(q, k, v, m, params=params, streams=streams, buffers=buffers, need=need)
+        return attend(q, k, v, m, need=need, **draw_named(m, sizes, 1, length, generator))
 
     if not isinstance(m, Mixer):
         try:

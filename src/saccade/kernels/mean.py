@@ -45,7 +45,7 @@ class MeanKernel(Kernel):
         sums = v * r.wide // r.item
         wide = o * r.wide // r.item
         passes = 3 if r.grad else 1
-        peak = 2 * (sums + wide) if m.causal else 2 * o + (0 if r.item >= 4 else sums)
+        peak = 2 * sums + (3 if r.grad else 2) * wide if m.causal else o + (0 if r.item >= 4 else sums)
         return Cost(0, passes * (v + o) + 2 * sums, peak, 12 * passes)
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:

@@ -177,10 +177,10 @@ class SlabKernel(Kernel):
         flops = flops * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
         temporaries, steps = m.score.temporaries(s.head_dim), len(m.logits) + len(m.reweight) + len(m.value)
-        tile = stacks * largest * r.wide
-        peak = q + max(2 * o, o + tile * max(temporaries + 1, 3 + steps))
+        held, tile = m.normalizer.held, stacks * largest * r.wide
+        peak = q + max(2 * o, o + tile * max(temporaries + 1, held[0] + steps))
         if r.grad:
-            peak = q + o + tile * max(3 * temporaries // 2, 6 + steps)
+            peak = q + o + tile * max(3 * temporaries // 2, held[1] + steps)
             peak += 2 * q + k + v + (k + v) * r.wide // r.item + 2 * weight_bytes(m, r)
         return Cost(
             flops,

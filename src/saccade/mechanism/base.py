@@ -44,6 +44,11 @@ class Mechanism:
         kinds = {p.causal for p in self.parts()}
         return "never" if "never" in kinds else "leak" if "leak" in kinds else "safe"
 
+    @property
+    def learned_query(self) -> bool:
+        """True where all rows share one query, which a layer learns."""
+        return False
+
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
         """Learned tensors that the parts declare, by name."""
         return {name: w for p in self.parts() for name, w in p.weights(sizes).items()}

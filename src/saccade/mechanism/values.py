@@ -58,7 +58,7 @@ class Pairwise(Mechanism):
     family = "pairwise"
 
     def __post_init__(self) -> None:
-        if self.heads is not None and self.heads.learned_query and self.pairs != Causal():
+        if self.learned_query and self.pairs != Causal():
             raise MechanismError(
                 f"learned_query reads a prefix a position: it runs under `causal` alone, got pairs {self.pairs}"
             )
@@ -117,6 +117,10 @@ class Pairwise(Mechanism):
     @property
     def causal(self) -> bool:
         return self.pairs.looks_back
+
+    @property
+    def learned_query(self) -> bool:
+        return self.heads is not None and self.heads.learned_query
 
     @cached_property
     def makers(self) -> tuple[Part, ...]:

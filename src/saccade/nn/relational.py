@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.errors import NotSupported
-from saccade.mechanism import Mechanism
+from saccade.mechanism import Mechanism, Pairwise
 from saccade.mechanism import mechanism as parse
 from saccade.nn.attention import Attention
 from saccade.parts.base import Sizes
 from saccade.parts.heads import INPUT
+from saccade.parts.relative import RelValue
 from saccade.parts.state import State
 from saccade.plan import attend, init_state
 
-SYMBOLS = ("dictionary", "position")
+SYMBOLS = ("dictionary", "position", "relative")
 
 
 class Symbols(nn.Module):
-    """A vector a token that names it without telling what it holds: by its position, or read from a learned dictionary."""
+    """A vector a token that names it without telling what it holds: by its position, or read from a learned dictionary.
+
+    Those of an offset j - i, cut at half of the entries, belong to pairs: tokens then have zeros, and `params` the vectors.
+    """
 
     def __init__(self, dim: int, width: int, kind: str, entries: int) -> None:
         super().__init__()
         if kind not in SYMBOLS:
             raise ValueError(f"symbols must be one of {', '.join(SYMBOLS)}, got {kind!r}")
+        if kind == "relative" and (entries < 3 or entries % 2 == 0):
+            raise ValueError(f"relative symbols have an odd number of entries of at least 3, got {entries}")
+        self.kind = kind
         self.vectors = nn.Parameter(torch.randn(entries, width) / width**0.5)
         self.key = nn.Linear(dim, entries, bias=False) if kind == "dictionary" else None
 
@@ -31,6 +41,8 @@ class Symbols(nn.Module):
         """Tokens x (B, n, dim) at positions start, start + 1, ... to symbols (B, n, width)."""
         if self.key is not None:
             return torch.softmax(self.key(x), -1) @ self.vectors
+        if self.kind == "relative":
+            return x.new_zeros(*x.shape[:2], self.vectors.shape[1])
         end = start + x.shape[1]
         if end > len(self.vectors):
             raise ValueError(
@@ -38,13 +50,18 @@ class Symbols(nn.Module):
             )
         return self.vectors[start:end].expand(x.shape[0], -1, -1)
 
+    def params(self, columns: int) -> dict[str, Tensor]:
+        """The vectors of offsets as a term of the mix, behind so many other columns."""
+        return {"rel_value": F.pad(self.vectors, (columns, 0))} if self.kind == "relative" else {}
+
 
 class RelationalAttention(nn.Module):
     """out_i = sum_j a_ij (W_r r_ij + W_s s_j), with relations r_ij = (Q_l x_i . K_l x_j), l = 1..relations, and symbols s_j.
 
     The weights a come from any mechanism that learns nothing of its own. As sum_j a_ij Q_l x_i . K_l x_j is
     Q_l x_i . (sum_j a_ij K_l x_j), the K_l x_j and the symbols are columns of one wide value, and no pair is ever stored. With
-    `symmetric`, K = Q. (Altabaa and Lafferty, Disentangling and Integrating Relational and Sensory Information in
+    `symmetric`, K = Q. Symbols come from a learned `dictionary`, stand for a `position`, or for an offset j - i (`relative`), then
+    as s_(j-i) in place of s_j. (Altabaa and Lafferty, Disentangling and Integrating Relational and Sensory Information in
     Transformer Architectures, 2024.)
 
     >>> RelationalAttention(32, heads=2, mechanism="causal")(torch.zeros(1, 5, 32)).shape
@@ -82,6 +99,12 @@ class RelationalAttention(nn.Module):
         self.relation_query = nn.Linear(dim, relations * relation_dim, bias=False)
         self.relation_key = None if symmetric else nn.Linear(dim, relations * relation_dim, bias=False)
         self.symbols = Symbols(dim, symbol_dim, symbols, entries)
+        if symbols == "relative":
+            if not isinstance(m, Pairwise):
+                raise NotSupported(
+                    f"relative symbols belong to pairs, which a {m.family} mechanism has none of"
+                )
+            self.mechanism = replace(m, value=(RelValue(entries // 2),))
         self.read = nn.Parameter(
             torch.randn(heads, relations + symbol_dim, size) / (relations + symbol_dim) ** 0.5
         )
@@ -104,7 +127,10 @@ class RelationalAttention(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, key_lengths: Tensor | None = None) -> Tensor:
         """Tokens x (B, L, dim) to (B, L, dim); later tokens than `key_lengths` (B,) are padding."""
-        mixed = attend(*self._project(x, 0), self.mechanism, mask=mask, key_lengths=key_lengths)
+        params = self.symbols.params(self.relations * self.relation_dim)
+        mixed = attend(
+            *self._project(x, 0), self.mechanism, mask=mask, key_lengths=key_lengths, params=params
+        )
         return self._merge(mixed, x)
 
     def init_state(self, batch: int) -> State:
@@ -117,7 +143,8 @@ class RelationalAttention(nn.Module):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """New tokens x (B, n, dim) and the state before them to their features and the state after."""
         q, k, v = self._project(x, state.length)
-        found = attend(q, k, v, self.mechanism, state=state, need=("out", "state"))
+        params = self.symbols.params(self.relations * self.relation_dim)
+        found = attend(q, k, v, self.mechanism, state=state, need=("out", "state"), params=params)
         assert found.state is not None
         return self._merge(found.out, x), found.state
 

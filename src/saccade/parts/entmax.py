@@ -32,6 +32,7 @@ class Entmax(Normalizer):
     alpha: float = arg(1.5, at_least=1.0)
 
     name = "entmax"
+    held = (2, 6)
     gives = frozenset({"positive"})
 
     def __post_init__(self) -> None:

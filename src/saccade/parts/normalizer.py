@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,13 @@ Partial = tuple[Tensor, Tensor]
 
 
 class Normalizer(Part):
-    """Logits of a row to weights; owns its partial result."""
+    """Logits of a row to weights; owns its partial result.
+
+    `held` is how many tiles of logits and weights it has at once, the first included, forward and with gradients.
+    """
 
     kind = "normalizer"
+    held: ClassVar[tuple[int, int]] = (3, 6)
 
     @property
     def has_lse(self) -> bool:

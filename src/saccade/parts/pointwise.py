@@ -20,6 +20,7 @@ class Relu(Normalizer):
     """w = max(0, s): a row may weigh nothing at all (Zhang, Titov and Sennrich, Sparse Attention with Linear Units, 2021)."""
 
     name = "relu"
+    held = (2, 4)
     gives = frozenset({"positive"})
 
     def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, None]:
@@ -36,6 +37,7 @@ class Sigmoid(Normalizer):
     counted: bool = arg(True)
 
     name = "sigmoid"
+    held = (3, 4)
     gives = frozenset({"positive"})
 
     def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, None]:
@@ -49,6 +51,7 @@ class Unnormalized(Normalizer):
     """w = s: the score is the weight, of any sign."""
 
     name = "unnormalized"
+    held = (2, 3)
 
     def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, None]:
         return s.masked_fill(torch.isneginf(s.detach()), 0.0), None
@@ -65,6 +68,7 @@ class RowStandard(Normalizer):
     eps: float = arg(1e-5, above=0.0)
 
     name = "row_standard"
+    held = (4, 8)
 
     def weights(self, sizes: Sizes) -> dict[str, Weight]:
         return {

@@ -108,7 +108,7 @@ def advance(
         out, joint = combine(m, [(o, x) for o, x, _ in found])
         return out, joint, State({}, state.length + c.k.shape[2], 0, tuple(s for _, _, s in found))
     assert isinstance(m, Pairwise | Recurrent)
-    if isinstance(m, Pairwise) and not (m.heads is not None and m.heads.learned_query):
+    if isinstance(m, Pairwise) and not m.learned_query:
         return _advance_cache(m, c, state, lse, kernel)
     own = "recurrent" if isinstance(m, Recurrent) else "scan"
     if kernel not in (None, own):

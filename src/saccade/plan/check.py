@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import NotSupported
-from saccade.mechanism import Mechanism, Pairwise
+from saccade.mechanism import Mechanism
 from saccade.parts.base import Sizes, Stream, Weight
 from saccade.parts.heads import Heads
 from saccade.parts.pair import Context
@@ -59,7 +59,7 @@ def check(
     wanted = m.kv_heads(heads)
     if wanted != heads and groups != wanted:
         raise ValueError(f"{m} has {wanted} key-value heads for {heads} query heads, but k has {groups}")
-    if isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query and q.shape[2] != 1:
+    if m.learned_query and q.shape[2] != 1:
         raise ValueError(
             f"{m} takes one query row a head, (B, H, 1, D), and answers every prefix; q has {q.shape[2]} rows"
         )

@@ -128,11 +128,7 @@ def selection(m: Mechanism, c: Context) -> Selection | None:
 
 
 def _rows(m: Mechanism, c: Context) -> int:
-    return (
-        c.k.shape[2]
-        if isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query
-        else c.q.shape[2]
-    )
+    return c.k.shape[2] if m.learned_query else c.q.shape[2]
 
 
 def _index(what: str, n: int, size: int) -> int:

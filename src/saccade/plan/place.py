@@ -17,7 +17,7 @@ from saccade.plan.choose import finish
 def place(m: Mechanism, c: Context) -> Context:
     """Where the queries stand: at the end of the keys."""
     rows, keys = c.q.shape[2], c.k.shape[2]
-    if isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query:
+    if m.learned_query:
         return c
     if c.ends is None:
         return replace(c, offset=keys - rows)
@@ -47,11 +47,7 @@ def empty_answer(m: Mechanism, c: Context, lse: bool) -> tuple[Tensor, Tensor | 
 
 def zeros(m: Mechanism, c: Context, lse: bool) -> tuple[Tensor, Tensor | None]:
     """Zeros and lse = -inf in the shape of the answer."""
-    rows = (
-        c.k.shape[2]
-        if isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query
-        else c.q.shape[2]
-    )
+    rows = c.k.shape[2] if m.learned_query else c.q.shape[2]
     out = c.q.new_zeros(c.q.shape[0], c.q.shape[1], rows, c.v.shape[-1])
     out = out + sum(x[..., :0].sum() for x in (c.q, c.k, c.v))
     wide = torch.promote_types(c.q.dtype, torch.float32)

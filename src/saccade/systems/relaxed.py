@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from saccade.errors import MechanismError
 from saccade.mechanism import Mechanism, Mix, Pairwise, system
 from saccade.mechanism import causal as causal_form
@@ -20,3 +22,14 @@ def relaxed_attention(amount: float = 0.1, causal: bool = False) -> Mechanism:
     members = (Pairwise(), Pairwise(score=Uniform()))
     mixed = Mix(members, shares=(1 - amount, amount))
     return causal_form(mixed) if causal else mixed
+
+
+def fuzzy(amount: float, deviation: float, generator: torch.Generator, causal: bool = False) -> Mechanism:
+    """Relaxed attention for one training step: its amount is drawn from N(amount, deviation) and cut to 0..1.
+
+    A layer takes it as `layer.mechanism = fuzzy(...)`; its parameters stay the same.
+    """
+    if deviation < 0:
+        raise MechanismError(f"fuzzy: deviation must be at least 0, got {deviation}")
+    drawn = amount + deviation * float(torch.randn((), generator=generator))
+    return relaxed_attention(min(1.0, max(0.0, drawn)), causal)

@@ -15,7 +15,7 @@ from saccade.tasks.odds import top_share
 class ArgMin:
     """A set of `items`, each a key uniform on [0, 1) and a value; the answer is the value of the least key.
 
-    The metric is `recall.accuracy`.
+    Nothing is asked for, unlike in `NearestKey`: the items are held against each other. The metric is `recall.accuracy`.
     """
 
     items: int = 12

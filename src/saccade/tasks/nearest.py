@@ -15,7 +15,8 @@ from saccade.tasks.odds import top_share
 class NearestKey:
     """`keys` different points of an even grid on [-1, 1], each with a value; the query is one of the points.
 
-    Its value is the answer. A key is one number, so what tells keys apart is distance. The metric is `recall.accuracy`.
+    Its value is the answer. A key is one number, so what tells keys apart is distance, to the query and not among them as in
+    `ArgMin`. The metric is `recall.accuracy`.
     """
 
     keys: int = 6

@@ -87,7 +87,7 @@ def _twin(
     c = reference.context(qkv[0], qkv[1], qkv[2], **named)
     c = replace(c, q=qkv[0], k=qkv[1], v=qkv[2], selection=selection)
     bucketed = any(p.reach == "bucket" for p in m.parts())
-    if isinstance(m, Pairwise) and not s.learned_query and not bucketed:
+    if isinstance(m, Pairwise) and not s.mechanism.learned_query and not bucketed:
         program = Program.bind(m, map_tokens(m.tokens, c, c.k.shape[2]))
         t = program.tile(slice(0, program.rows), [(0, program.keys)])
         rough = program.logits(t).to(dtype).float() if m.halo != (0, 0, 0) else m.score.tile(t).float()

@@ -112,7 +112,7 @@ def empty_rows(s: Subject) -> str:
     mask[:, :, 5] = False
     leaves = [x.requires_grad_() for x in qkv]
     try:
-        if s.learned_query:
+        if s.mechanism.learned_query:
             raise NotSupported("one query a head")
         out = s.out(leaves, named, mask=mask)
     except NotSupported:
@@ -147,7 +147,7 @@ def grouped_heads(s: Subject) -> str:
     kv_side = {n for n, w in shared.items() if w.shape != own[n].shape}
     bare = (
         replace(m, heads=None)
-        if isinstance(m, Pairwise) and m.heads is not None and not s.learned_query
+        if isinstance(m, Pairwise) and m.heads is not None and not s.mechanism.learned_query
         else m
     )
     kept = bare.weights(Sizes(HEADS, HEADS, HEAD_DIM, VALUE_DIM))

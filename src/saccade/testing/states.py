@@ -89,7 +89,7 @@ def state_saves(s: Subject) -> str:
 def merging(s: Subject) -> str:
     """Softmax over two halves of the keys, merged by (out, lse), equals the whole."""
     qkv, named = s.qkv(), s.named()
-    if s.learned_query:
+    if s.mechanism.learned_query:
         raise Skip("one query a head: its prefix scan is this merge")
     if s.slots:
         raise Skip("its slots stand in every part, and would count in each")

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from saccade.cost import Shape
-from saccade.mechanism import Combine, Mechanism, Pairwise
+from saccade.mechanism import Combine, Mechanism, Named, Pairwise, draw_named
 from saccade.parts.base import Sizes
 from saccade.parts.selection import Selection
 from saccade.plan import Attended, attend
 
 BATCH, HEADS, LENGTH, HEAD_DIM, VALUE_DIM = 2, 4, 160, 16, 8
-
-Named = dict[str, Any]
 
 
 class Skip(Exception):
@@ -45,11 +43,6 @@ class Subject:
         self.groups = self.mechanism.kv_heads(HEADS)
 
     @property
-    def learned_query(self) -> bool:
-        m = self.mechanism
-        return isinstance(m, Pairwise) and m.heads is not None and m.heads.learned_query
-
-    @property
     def slots(self) -> bool:
         return isinstance(self.mechanism, Pairwise) and self.mechanism.slots is not None
 
@@ -67,7 +60,7 @@ class Subject:
         """q, k, v of one call."""
         generator = torch.Generator().manual_seed(self.seed + seed)
         g = self.groups if groups is None else groups
-        rows = 1 if self.learned_query else length
+        rows = 1 if self.mechanism.learned_query else length
         shapes = ((BATCH, HEADS, rows, HEAD_DIM), (BATCH, g, length, HEAD_DIM), (BATCH, g, length, VALUE_DIM))
         return [
             torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).to(self.device) for s in shapes
@@ -77,23 +70,11 @@ class Subject:
         self, length: int = LENGTH, dtype: torch.dtype = torch.float64, groups: int | None = None
     ) -> Named:
         """params, streams and buffers of one call."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
         sizes = Sizes(HEADS, self.groups if groups is None else groups, HEAD_DIM, VALUE_DIM)
-        m = self.mechanism
-        streams = {
-            n: torch.rand(s.shape(BATCH, HEADS, length), generator=generator, dtype=torch.float64)
-            * (length if s.positions else 1)
-            for n, s in m.streams(sizes).items()
-        }
-        found = {
-            "params": {
-                n: w.make(generator) + 0.1 * torch.randn(w.shape, generator=generator)
-                for n, w in m.weights(sizes).items()
-            },
-            "streams": streams,
-            "buffers": m.buffers(sizes, generator),
-        }
-        return {kind: {n: x.to(dtype).to(self.device) for n, x in d.items()} for kind, d in found.items()}
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return draw_named(
+            self.mechanism, sizes, BATCH, length, generator, off=0.1, dtype=dtype, device=self.device
+        )
 
     def out(self, qkv: list[Tensor], named: Named, **options: Any) -> Tensor:
         """The output alone."""
@@ -138,4 +119,6 @@ def close(got: Tensor, wanted: Tensor, what: str, budget: float = 1e-9) -> str:
 
 
 def shape_of(s: Subject, length: int = LENGTH) -> Shape:
-    return Shape(BATCH, HEADS, 1 if s.learned_query else length, HEAD_DIM, s.groups, length, VALUE_DIM)
+    return Shape(
+        BATCH, HEADS, 1 if s.mechanism.learned_query else length, HEAD_DIM, s.groups, length, VALUE_DIM
+    )

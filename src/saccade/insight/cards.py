@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from saccade.errors import MechanismError
-from saccade.insight import Picture, draw
+from saccade.insight.draw import Picture, draw
 from saccade.mechanism import Mechanism, mechanism, names
 from saccade.systems.catalogue import Entry, public
 
