@@ -11,6 +11,7 @@ from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scal
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
+from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pointer import PointerNetwork
@@ -47,6 +48,8 @@ __all__ = [
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "MoSA",
+    "MoSAState",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
     "PPFAttention",
