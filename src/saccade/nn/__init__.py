@@ -24,6 +24,7 @@ from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNe
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
 from saccade.nn.super_attention import SuperAttention
+from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
@@ -71,6 +72,8 @@ __all__ = [
     "Skimformer",
     "SpatialGate",
     "SuperAttention",
+    "SuperlinearAttention",
+    "SuperlinearState",
     "Transformer",
     "UpDownMask",
     "VariationalAttention",
@@ -81,5 +84,6 @@ __all__ = [
     "head_scales",
     "path_attention",
     "skimming_mask",
+    "superlinear_attention",
     "tune_head_scales",
 ]
