@@ -94,10 +94,10 @@ class SortLSH(Select):
         j = torch.arange(keys, device=k.device)
         head = torch.arange(heads, device=k.device)[:, None]
         sampled = torch.stack([self._sample(j, head, n) & (j < n) for n in ends.tolist()])
-        k_node = torch.where(j < ends[:, None], 0, -2)
+        there = j < ends[:, None]
+        k_node = torch.where(there, 0, -2)
         q_node = torch.zeros(1, q.shape[-1], dtype=torch.long, device=k.device).expand(len(k_node), -1)
-        counted = sampled & (k_node == 0)[:, None]
-        weight = self._log_weight(q_bucket, k_bucket, counted, (k_node == 0)[:, None], ends[:, None, None])
+        weight = self._log_weight(q_bucket, k_bucket, sampled, there[:, None], ends[:, None, None])
         return q_node, k_node, q_bucket, k_bucket, sampled, weight
 
     def _runs(self, c: Context, q: Tensor, k: Tensor) -> list[tuple[Tensor, ...]]:
@@ -153,7 +153,7 @@ class SortLSH(Select):
         """log of keys outside of each query's bucket over sampled keys outside of it, 0 where there are none; (b, h, L)."""
         count = int(max(q.max(), k.max())) + 1 if q.numel() and k.numel() else 1
         sizes = torch.zeros(*k.shape[:2], count, dtype=torch.long, device=k.device)
-        drawn = torch.zeros_like(sizes).scatter_add_(-1, k, (sampled & valid).long().expand_as(k))
+        drawn = torch.zeros_like(sizes).scatter_add_(-1, k, sampled.long().expand_as(k))
         sizes = sizes.scatter_add_(-1, k, valid.long().expand_as(k))
         total = min(self.samples, keys) if isinstance(keys, int) else keys.clamp(max=self.samples)
         at = q.clamp(min=0)
