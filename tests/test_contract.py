@@ -98,6 +98,8 @@ SYSTEMS = [
     "routing_transformer(4, window=16)",
     "routing_transformer(4, local=false)",
     "moba(block=16, top=2)",
+    "hyperattention(16, samples=16)",
+    "causal + hyperattention(8, samples=8, base=16)",
     "aaren",
     "hepos(2)",
     "s2_attention(8, local=2, stripes=4)",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import saccade as sc
+from saccade.nn import regions as nn_regions
 from saccade.tasks.digits import Digits
 from systems.helpers import exponent, train
 
@@ -78,6 +79,21 @@ def test_scores_at_the_best_number_of_regions_grow_with_four_thirds() -> None:
         for n in sides
     ]
     assert 1.25 < exponent([n * n for n in sides], [float(x) for x in best]) < 1.4
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 10)])
+def test_the_scores_are_as_many_as_counted(grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[int] = []
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, **options: Tensor) -> Tensor:
+        met.append(q[0, :, 0, :, 0].numel() * k.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr(nn_regions, "scaled_dot_product_attention", seen)
+    m = routing(4, 3)
+    m(torch.randn(2, grid[0] * grid[1], 16, dtype=torch.float64), grid=grid)
+    between = m.regions**2 * m.regions**2
+    assert met[0] + between == m.entries(grid)
 
 
 def test_bad_arguments() -> None:

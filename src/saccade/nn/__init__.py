@@ -11,6 +11,7 @@ from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scal
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
+from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pointer import PointerNetwork
@@ -23,6 +24,7 @@ from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNe
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
 from saccade.nn.super_attention import SuperAttention
+from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
@@ -47,6 +49,8 @@ __all__ = [
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "MoSA",
+    "MoSAState",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
     "PPFAttention",
@@ -68,6 +72,8 @@ __all__ = [
     "Skimformer",
     "SpatialGate",
     "SuperAttention",
+    "SuperlinearAttention",
+    "SuperlinearState",
     "Transformer",
     "UpDownMask",
     "VariationalAttention",
@@ -78,5 +84,6 @@ __all__ = [
     "head_scales",
     "path_attention",
     "skimming_mask",
+    "superlinear_attention",
     "tune_head_scales",
 ]

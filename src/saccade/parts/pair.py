@@ -16,7 +16,7 @@ from saccade.parts.base import Side, Sizes, Weight
 from saccade.parts.mask import And, Full, Mask, Or, Pairs, Span, cover
 from saccade.parts.score import grouped_matmul
 from saccade.parts.select import Select
-from saccade.parts.selection import Selection
+from saccade.parts.selection import Sampled, Selection
 from saccade.parts.tokens import TokenMap
 
 
@@ -315,9 +315,16 @@ class Program:
 
     def logits(self, t: Tile) -> Tensor:
         """Logits (b, h, Q, K), float32 or wider, -inf where no pair exists."""
-        s = self._terms(t, len(self.mechanism.logits))
+        s = self.weighed(self._terms(t, len(self.mechanism.logits)), t)
         exist = self.exist(t)
         return s if exist is None else s.masked_fill(~exist, -torch.inf)
+
+    def weighed(self, s: Tensor, t: Tile) -> Tensor:
+        """Logits of a tile and what its pairs gain by standing for others that were not chosen."""
+        for chosen in self.selections.values():
+            if isinstance(chosen, Sampled):
+                s = s + chosen.weigh(t.rows, t.cols).to(s.dtype)
+        return s
 
     def _terms(self, t: Tile, count: int) -> Tensor:
         """The score of a tile after the first `count` logits parts."""

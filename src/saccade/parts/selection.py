@@ -1,6 +1,6 @@
 """What was chosen, as values: kept, replayed and frozen in tests.
 
-Legend: b batch, h query heads, L queries, S keys, T choices a query, C buckets, w bucket width.
+Legend: b batch, h query heads, L queries, S keys, T choices a query, C buckets, w bucket width, V levels.
 """
 
 from __future__ import annotations
@@ -69,4 +69,43 @@ class Buckets:
     k_valid: Tensor
 
 
-Selection = Blocks | Spans | Labels | Buckets
+@dataclass(frozen=True)
+class Sampled:
+    """Pairs that share a bucket, and sampled keys that stand for the rest of a query's node, by V levels of nodes.
+
+    Nodes q_node (b or 1, V, L) and k_node (b or 1, V, S) are numbers, -1 and -2 where a token is in none on a level; buckets
+    q (b, h, V, L) and k (b, h, V, S) are numbers of their own node; sampled (b or 1, h, V, S) marks keys, and `log_weight`
+    (b, h, V, L) is what a query adds to the logits of those outside of its bucket.
+    """
+
+    q_node: Tensor
+    k_node: Tensor
+    q: Tensor
+    k: Tensor
+    sampled: Tensor
+    log_weight: Tensor
+
+    def _level(self, v: int, rows: slice, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of one node, those of one bucket, and sampled keys, broadcastable to (b, h, Q, K)."""
+        node = self.q_node[:, None, v, rows, None] == self.k_node[:, None, v, None].index_select(-1, cols)
+        near = self.q[:, :, v, rows, None] == self.k[:, :, v, None].index_select(-1, cols)
+        return node, near, self.sampled[:, :, v, None].index_select(-1, cols)
+
+    def exist(self, rows: slice, j: Tensor, cols: Tensor) -> Tensor:
+        shape = (*self.q.shape[:2], self.q[0, 0, 0, rows].shape[0], cols.shape[0])
+        found = torch.zeros(shape, dtype=torch.bool, device=j.device)
+        for v in range(self.q.shape[2]):
+            node, near, sampled = self._level(v, rows, cols)
+            found |= node & (near | sampled)
+        return found
+
+    def weigh(self, rows: slice, cols: Tensor) -> Tensor:
+        """What pairs add to their logits, (b, h, Q, K)."""
+        total = torch.zeros((), dtype=self.log_weight.dtype, device=cols.device)
+        for v in range(self.q.shape[2]):
+            node, near, sampled = self._level(v, rows, cols)
+            total = total + self.log_weight[:, :, v, rows, None] * (node & sampled & ~near)
+        return total
+
+
+Selection = Blocks | Spans | Labels | Buckets | Sampled

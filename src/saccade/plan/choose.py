@@ -21,6 +21,7 @@ from saccade.kernels.decode import DecodeKernel
 from saccade.kernels.flex import FlexKernel
 from saccade.kernels.gather import GatherKernel
 from saccade.kernels.grid import GridKernel
+from saccade.kernels.hash import HashKernel
 from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
 from saccade.kernels.recurrent import RecurrentKernel
@@ -92,6 +93,7 @@ KERNELS: tuple[Kernel, ...] = (
     BlockKernel(),
     GatherKernel(),
     BucketKernel(),
+    HashKernel(),
     GridKernel(),
     ScanKernel(),
     RecurrentKernel(),

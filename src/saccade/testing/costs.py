@@ -93,7 +93,7 @@ def _twin(
         rough = program.logits(t).to(dtype).float() if m.halo != (0, 0, 0) else m.score.tile(t).float()
         for part in m.logits if m.halo == (0, 0, 0) else ():
             rough = part.tile(rough, t).to(dtype).float()
-        exist = program.exist(t)
+        rough, exist = program.weighed(rough, t), program.exist(t)
         w, lse = m.normalizer.normalize(rough if exist is None else rough.masked_fill(~exist, -torch.inf), t)
         for reweight in m.reweight:
             w = reweight.tile(w, t)
