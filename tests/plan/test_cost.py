@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saccade as sc
 from kernels.harness import Call, draw
+from saccade import native
 from saccade.cost import Cost, Shape
 
 DIM = 32
@@ -31,6 +32,14 @@ COUNTED: list[tuple[str, str, int, dict[str, Any]]] = [
     ("causal + tiles(128, 256)", "chunk", 1000, {}),
     ("memory_efficient_attention", "chunk", 1000, {}),
     ("linformer(rank=32, length=1024)", "chunk", 1000, {}),
+    ("full", "native", 1000, {"value": 16}),
+    ("causal", "native", 1000, {"kv": 2}),
+    ("causal", "native", 20, {"kv": 1}),
+    ("window(64) + sink(4)", "native", 1000, {}),
+    ("dilated(32, step=3)", "native", 1000, {}),
+    ("window(64) + strided(7)", "native", 1000, {}),
+    ("permuted(65, length=400)", "native", 1000, {}),
+    ("bilinear + window(64)", "native", 1000, {}),
     ("causal", "slab", 1000, {}),
     ("full", "slab", 300, {"value": 16}),
     ("causal + additive(8)", "slab", 1024, {}),
@@ -65,11 +74,11 @@ def planned_and_counted(text: str, kernel: str, grad: bool, call: Call) -> tuple
     planned = sc.plan(text, shape, grad=grad, kernel=kernel).cost.flops
     learned = [x.requires_grad_(grad) for x in call.learned.values()]
     given = {"params": call.params, "streams": call.streams, "buffers": call.buffers}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, native.counting() as engine:
         out = sc.attend(q, k, v, text, kernel=kernel, **given)
         if grad:
             torch.autograd.grad(out.sum(), learned, allow_unused=True)
-    return planned, counter.get_total_flops()
+    return planned, counter.get_total_flops() + engine.flops
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])
@@ -77,6 +86,8 @@ def planned_and_counted(text: str, kernel: str, grad: bool, call: Call) -> tuple
 def test_planned_is_counted_within_one_percent(
     text: str, kernel: str, rows: int, options: dict[str, Any], grad: bool
 ) -> None:
+    if kernel == "native" and not native.available():
+        pytest.skip(f"the native engine {native.reason()}")
     call = draw(text, batch=1, rows=rows, dim=DIM, dtype=torch.float32, **options)
     planned, counted = planned_and_counted(text, kernel, grad, call)
     assert counted

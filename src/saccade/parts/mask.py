@@ -18,6 +18,7 @@ from saccade.errors import MechanismError
 from saccade.parts.base import Part, arg
 
 Span = tuple[int, int]
+Interval = tuple[Tensor, Tensor]
 
 
 class Pairs(Part):
@@ -63,6 +64,10 @@ class Mask(Pairs):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         """Key intervals, ascending and disjoint, that cover all keys that rows [i0, i1) may read."""
         return [(0, keys)]
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        """Key intervals [lo, hi) of each row i, disjoint, that hold just what it reads; None where there is no short list."""
+        return None
 
     def uniform(self, i0: int, i1: int) -> bool:
         """True when rows [i0, i1) surely read the same keys; False also where it is not known."""
@@ -252,6 +257,9 @@ class Full(Mask):
     def exist(self, i: Tensor, j: Tensor) -> Tensor:
         return torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool, device=i.device)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), torch.full_like(i, keys))]
+
 
 @dataclass(frozen=True)
 class Causal(Mask):
@@ -268,6 +276,9 @@ class Causal(Mask):
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, i1, keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), i + 1)]
 
 
 @dataclass(frozen=True)
@@ -289,6 +300,9 @@ class Window(Mask):
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(i0 - self.width + 1, i1, keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(i + 1 - self.width, i + 1)]
 
 
 @dataclass(frozen=True)
@@ -320,6 +334,10 @@ class Neighborhood(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         side = (self.width // 2) * self.dilation
         return clip(i0 - side, i1 + side, keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        side = self.width // 2
+        return [(i - side, i + side + 1)] if self.dilation == 1 else None
 
 
 @dataclass(frozen=True)
@@ -381,6 +399,10 @@ class Chunk(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(i0 // self.size * self.size, -(-i1 // self.size) * self.size, keys)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        first = torch.div(i, self.size, rounding_mode="floor") * self.size
+        return [(first, first + self.size)]
+
 
 @dataclass(frozen=True)
 class Sink(Mask):
@@ -399,6 +421,9 @@ class Sink(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, self.first, keys)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), torch.where(i < 0, 0, self.first))]
+
 
 @dataclass(frozen=True)
 class Global(Mask):
@@ -413,3 +438,6 @@ class Global(Mask):
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, keys if i0 < self.tokens else self.tokens, keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), torch.where(i < self.tokens, keys, self.tokens))]
