@@ -96,12 +96,15 @@ def test_planned_is_counted_within_one_percent(
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])
 @pytest.mark.parametrize(("text", "rows"), BY_CONTENT)
+@pytest.mark.parametrize("kernel", ["block", "native"])
 def test_work_that_depends_on_the_data_is_planned_within_fifteen_percent(
-    text: str, rows: int, grad: bool
+    kernel: str, text: str, rows: int, grad: bool
 ) -> None:
-    """The tiles of the block kernel fill up as the queries choose; random choices are the rule of thumb."""
+    """The tiles of chosen blocks fill up as the queries choose; random choices are the rule of thumb."""
+    if kernel == "native" and not native.available():
+        pytest.skip(f"the native engine {native.reason()}")
     call = draw(text, batch=1, rows=rows, dim=DIM, dtype=torch.float32)
-    planned, counted = planned_and_counted(text, "block", grad, call)
+    planned, counted = planned_and_counted(text, kernel, grad, call)
     assert planned == pytest.approx(counted, rel=0.15)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from saccade import native
 from saccade.cost import Cost, Request
+from saccade.kernels import native_choice
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import softmax_only
+from saccade.kernels.native_choice import Chosen, lined
 from saccade.kernels.native_table import Intervals, Table, lanes, ragged_table, table
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.native import Array, Call, Part
@@ -32,12 +34,13 @@ class Work:
 
     scale: float
     parts: Table
+    chosen: Chosen | None = None
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> Call:
         """The engine's view of a pass."""
         b, h, rows, d = q.shape
         parts = (Part * len(self.parts))(*(p.struct() for p in self.parts))
-        return Call(
+        call = Call(
             bf16=q.dtype == torch.bfloat16,
             batch=b,
             heads=h,
@@ -56,6 +59,13 @@ class Work:
             part=ctypes.cast(parts, ctypes.POINTER(Part)),
             parts=len(parts),
         )
+        if self.chosen is not None:
+            blocks = self.chosen.blocks
+            call.index, call.valid = blocks.index.data_ptr(), blocks.valid.data_ptr()
+            call.choices, call.block, call.choice_rows = blocks.index.shape[-1], blocks.size, blocks.rows
+            call.limit_lo, call.limit_hi = self.chosen.lo.data_ptr(), self.chosen.hi.data_ptr()
+            call.limit_per_batch = len(self.chosen.lo) > 1
+        return call
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, work: Work, need_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,11 +109,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, work: Work, need_lse: bool) -> tuple
     return forward(q, k, v, work, need_lse)
 
 
-def lined(x: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def positional(m: Pairwise, r: Request) -> Table | None:
     """The table of a mask by position for a request, as it is planned."""
     s = r.shape
@@ -137,9 +142,16 @@ class NativeKernel(Kernel):
             why.append("knows no summaries")
         if m.tiles is not None:
             why.append(f"tiles of {m.tiles.query} x {m.tiles.key} were demanded")
-        if not m.static:
-            why.append("pairs are chosen by content")
-        return why or self._no_table(m, r)
+        return why or (self._no_table(m, r) if m.static else self._no_choice(m, r))
+
+    def _no_choice(self, m: Pairwise, r: Request) -> list[str]:
+        if native_choice.form_of(m) is None:
+            return ["pairs are not one choice of blocks united with masks by position"]
+        return (
+            []
+            if native_choice.tables(m, r)
+            else [f"the masks of {m.pairs} beside its choice are no intervals"]
+        )
 
     def _no_table(self, m: Pairwise, r: Request) -> list[str]:
         found = positional(m, r)
@@ -152,17 +164,14 @@ class NativeKernel(Kernel):
     def cost(self, m: Mechanism, r: Request) -> Cost:
         assert isinstance(m, Pairwise)
         s = r.shape
-        found = positional(m, r)
-        assert found is not None
-        group = s.heads // s.kv_heads
-        fold = group if _by_intervals(found) and len(found) == 1 and s.length <= FOLDED else 1
-        area = s.batch * s.heads // fold * sum(p.area(fold) for p in found)
+        found, area, tables = self._area(m, r)
         flops = 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
+        if not m.static:
+            flops += 2 * s.batch * s.heads * s.length * -(-s.keys // self._block(m)) * s.head_dim
         q, k, v, o = r.tensor_bytes()
         prepared = 0 if isinstance(m.score, Dot) else q
         padding = k + v if r.ragged else 0
         stat = s.batch * s.heads * s.length * 4 if r.lse else 0
-        tables = sum(p.nbytes for p in found)
         peak = o + prepared + padding + stat + tables + self._scratch(found, r)
         if not r.grad:
             return Cost(flops, q + k + v + o, peak, 8)
@@ -179,21 +188,45 @@ class NativeKernel(Kernel):
         )
         return Cost(flops, 3 * (q + k + v + o), peak, 16)
 
+    def _area(self, m: Pairwise, r: Request) -> tuple[Table, int, int]:
+        """The table of what position alone decides, the pairs computed a pass, and the bytes of tables and choices."""
+        s = r.shape
+        if m.static:
+            found = positional(m, r)
+            assert found is not None
+            group = s.heads // s.kv_heads
+            fold = group if _by_intervals(found) and len(found) == 1 and s.length <= FOLDED else 1
+            area = s.batch * s.heads // fold * sum(p.area(fold) for p in found)
+            return found, area, sum(p.nbytes for p in found)
+        form, both = native_choice.form_of(m), native_choice.tables(m, r)
+        assert form is not None
+        assert both is not None
+        most = s.length if r.grad else native_choice.RANGE
+        routed = native_choice.lanes_expected(form[2], form[0].looks_back, s.length, s.keys, most)
+        area = s.batch * s.heads * (routed * form[2].block + sum(p.area() for p in both[0]))
+        return both[0], area, native_choice.state_bytes(m, r)
+
     def _scratch(self, found: Table, r: Request) -> int:
         s = r.shape
         tile = 4 * (lanes(s.head_dim) * 64 + 96 * 64 + 64 * lanes(s.value_dim))
         state = 4 * s.length * lanes(s.value_dim) if len(found) != 1 else 0
         return torch.get_num_threads() * (tile + state)
 
+    def _block(self, m: Pairwise) -> int:
+        form = native_choice.form_of(m)
+        assert form is not None
+        return form[2].block
+
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
+        parts, chosen = native_choice.bind(m, c) if not m.static else (self._table(m.pairs, c), None)
         if isinstance(m.score, Dot):
             c = without_padding(c)
             q, k, v, scale = c.q, c.k, c.v, m.score.scale or c.q.shape[-1] ** -0.5
         else:
-            program = Program.bind(m, c)
+            program = Program.bind(m, c if chosen is None else replace(c, selection=chosen.blocks))
             c, q, k, v, scale = program.context, program.q, program.k, program.v, 1.0
-        work = Work(scale, self._table(m.pairs, c))
+        work = Work(scale, parts, chosen)
         return attend(q, k, v, work, r.lse)
 
     def _table(self, pairs: Pairs, c: Context) -> Table:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from saccade.native.call import Array, Call, Part
+from saccade.native.call import Array, Call, Choice, Part
 
 ISA = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
 NAMES = ("libsaccade.so", "libsaccade.dylib", "saccade.dll")
@@ -41,6 +41,8 @@ def engine() -> Engine:
         return Engine(None, f"does not load: {error}")
     for entry in (library.saccade_forward, library.saccade_backward):
         entry.argtypes, entry.restype = [ctypes.POINTER(Call)], ctypes.c_int
+    library.saccade_choose.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(Choice)]
+    library.saccade_choose.restype = ctypes.c_int
     return Engine(library)
 
 
@@ -92,17 +94,46 @@ def counting() -> Iterator[Counter]:
         _COUNTERS.remove(counter)
 
 
-def run(call: Call, backward: bool) -> None:
-    """Fill in what the call's outputs point to, on as many threads as PyTorch uses."""
+def _ready(call: Call) -> ctypes.CDLL:
     library = engine().library
     if library is None:
         raise RuntimeError(f"the native engine {reason()}")
     call.threads, call.pool = torch.get_num_threads(), pool()
-    if (library.saccade_backward if backward else library.saccade_forward)(ctypes.byref(call)):
+    return library
+
+
+def _checked(failed: int) -> None:
+    if failed:
         raise MemoryError("the native engine found no memory for its scratch")
+
+
+def run(call: Call, backward: bool) -> None:
+    """Fill in what the call's outputs point to, on as many threads as PyTorch uses."""
+    library = _ready(call)
+    _checked((library.saccade_backward if backward else library.saccade_forward)(ctypes.byref(call)))
     d, e = call.dim, call.value_dim
     for counter in _COUNTERS:
         counter.flops += 2 * call.computed * (3 * d + 2 * e if backward else d + e)
 
 
-__all__ = ["Array", "Call", "Counter", "Part", "available", "counting", "isa", "reason", "run"]
+def choose(call: Call, choice: Choice) -> None:
+    """Fill in the index and the valid flags of a choice."""
+    _checked(_ready(call).saccade_choose(ctypes.byref(call), ctypes.byref(choice)))
+    rows = call.batch * call.heads * call.rows
+    for counter in _COUNTERS:
+        counter.flops += 2 * rows * choice.blocks * call.dim
+
+
+__all__ = [
+    "Array",
+    "Call",
+    "Choice",
+    "Counter",
+    "Part",
+    "available",
+    "choose",
+    "counting",
+    "isa",
+    "reason",
+    "run",
+]

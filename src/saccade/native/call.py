@@ -79,3 +79,17 @@ class Call(ctypes.Structure):
         ("pool", ctypes.c_void_p),
         ("computed", ctypes.c_int64),
     ]
+
+
+class Choice(ctypes.Structure):
+    """A choice to make: the best of the blocks below the bound of each row."""
+
+    _fields_ = [
+        ("vectors", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("choices", ctypes.c_int64),
+        ("bound", ctypes.c_void_p),
+        ("per_batch", ctypes.c_int64),
+        ("index", ctypes.c_void_p),
+        ("valid", ctypes.c_void_p),
+    ]

@@ -161,6 +161,22 @@ float *at(const saccade_array &x, int64_t batch, int64_t head) {
     return static_cast<float *>(x.data) + batch * x.batch + head * x.head;
 }
 
+// Rows of all heads, in ranges; scratch is what either form of bfloat16 takes, and the best so far.
+void choose_all(const saccade_call &call, const saccade_choice &choice, const Kernels &run) {
+    const int64_t ranges = (call.rows + RANGE - 1) / RANGE, threads = std::max(1, call.threads);
+    const int64_t d = padded(call.dim), e = padded(call.value_dim);
+    const int64_t scratch = 2 * d * LANES + KEYS * (LANES + d + e) + LANES * (e + 4) + 2 * choice.choices * LANES;
+    const Floats space = floats(scratch * threads);
+    parallel(call, call.batch * call.heads * ranges, [&](int64_t i, int me) {
+        Item item{};
+        item.batch = i / ranges / call.heads;
+        item.head = i / ranges % call.heads;
+        item.first = (ranges - 1 - i % ranges) * RANGE;
+        item.last = std::min(call.rows, item.first + RANGE);
+        run.choose(&call, &choice, &item, space.get() + me * scratch);
+    });
+}
+
 // Key-value heads side by side; where they are fewer than the threads, their tiles or heads are shared out among sums of their own.
 int64_t backward_all(const saccade_call &call, const Kernels &run) {
     const int64_t threads = std::max(1, call.threads), owners = call.batch * call.kv_heads, group = call.heads / call.kv_heads;
@@ -225,6 +241,15 @@ extern "C" int saccade_forward(saccade_call *call) {
 extern "C" int saccade_backward(saccade_call *call) {
     try {
         call->computed = saccade::backward_all(*call, saccade::kernels(call->isa));
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+extern "C" int saccade_choose(saccade_call *call, const saccade_choice *choice) {
+    try {
+        saccade::choose_all(*call, *choice, saccade::kernels(call->isa));
         return 0;
     } catch (...) {
         return 1;

@@ -47,9 +47,20 @@ struct saccade_call {
     int64_t computed;  // answered: pairs computed, padding of tiles included
 };
 
+// A choice to make: for each row, the `choices` best of the blocks below its bound. Only the sizes and q of a call are read.
+struct saccade_choice {
+    const float *vectors;  // (batch, kv_heads, blocks, dim)
+    int64_t blocks, choices;
+    const int32_t *bound;  // (1 or batch, rows)
+    int64_t per_batch;
+    int64_t *index;   // (batch, heads, rows, choices)
+    uint8_t *valid;
+};
+
 #define SACCADE_PUBLIC __attribute__((visibility("default")))
 SACCADE_PUBLIC int saccade_forward(struct saccade_call *call);
 SACCADE_PUBLIC int saccade_backward(struct saccade_call *call);
+SACCADE_PUBLIC int saccade_choose(struct saccade_call *call, const struct saccade_choice *choice);
 SACCADE_PUBLIC int saccade_isa(void);  // the best of this machine: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
 }
 
@@ -57,7 +68,7 @@ namespace saccade {
 
 constexpr int LANES = 64;  // rows of a tile
 constexpr int KEYS = 96;   // keys that are met at a time
-constexpr int64_t RANGE = 4096;  // rows of a head whose state is kept at a time
+constexpr int64_t RANGE = 2048;  // rows of a head whose state is kept at a time
 
 // A piece of work of a (batch, head): rows, tiles or heads first, first + step, ... below last, and the key slots
 // [key_lo, key_hi) that it may read.
@@ -78,6 +89,7 @@ struct Kernels {
     void (*delta)(const saccade_call *, int64_t batch, int64_t head, float *scratch);
     void (*store)(const saccade_call *, const saccade_array *, const float *const *shares, int64_t count, int64_t batch, int64_t head,
                   int64_t dim, float scale);
+    void (*choose)(const saccade_call *, const saccade_choice *, const Item *, float *scratch);
 };
 
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }

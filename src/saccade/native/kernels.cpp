@@ -1,6 +1,7 @@
 // All kernels, compiled once for each instruction set. Nothing here may come from the standard library: an inline function
 // compiled for a newer machine could be the one that the linker keeps for all.
 #include "backward.h"
+#include "choose.h"
 
 namespace {
 
@@ -74,9 +75,16 @@ void store_all(const saccade_call *call, const saccade_array *to, const float *c
     });
 }
 
+void choose_best(const saccade_call *call, const saccade_choice *choice, const Item *item, float *space) {
+    if (call->bf16)
+        choose_rows<Half>(*call, *choice, *item, space);
+    else
+        choose_rows<Single>(*call, *choice, *item, space);
+}
+
 }  // namespace
 
 namespace saccade {
 extern const Kernels SACCADE_ISA;
-const Kernels SACCADE_ISA = {forward_scratch, forward, merge, backward_scratch, backward, delta, store_all};
+const Kernels SACCADE_ISA = {forward_scratch, forward, merge, backward_scratch, backward, delta, store_all, choose_best};
 }  // namespace saccade
