@@ -4,51 +4,68 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import saccade as sc
-from saccade.plan.choose import KERNELS, bytes_text, count_text
+from saccade import native
+from saccade.plan.choose import KERNELS, bytes_text, count_text, make
 
 SHAPE = (1, 8, 1024, 64)
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "kernel"),
-    [
-        ("full", {}, "sdpa (flash)"),
-        ("causal", {"grad": True}, "sdpa (flash)"),
-        ("causal", {"lse": True}, "chunk"),
-        ("window(128)", {}, "chunk"),
-        ("window(128)", {"grad": True}, "chunk"),
-        ("neighborhood(65)", {"grad": True}, "chunk"),
-        ("dilated(32, step=4)", {}, "chunk"),
-        ("alibi + causal", {}, "chunk"),
-        ("memory_efficient_attention", {}, "chunk"),
-        ("moba", {}, "block"),
-        ("moba", {"grad": True}, "block"),
-        ("moba", {"masked": True}, "slab"),
-        ("additive", {"grad": True}, "slab"),
-        ("luong_attention(local=predictive)", {}, "slab"),
-        ("causal + linear", {}, "recurrent"),
-        ("performer_favor", {"grad": True}, "recurrent"),
-        ("causal + centroid_buckets", {}, "bucket"),
-        ("aaren", {}, "scan"),
-        ("nystromformer", {}, "mixer"),
-        ("mix(causal, causal + linear)", {}, "mix(sdpa (flash), recurrent)"),
-        ("routing_transformer", {}, "by_head(chunk, bucket)"),
-    ],
-)
-def test_the_kernel_that_is_chosen(text: str, options: dict[str, bool], kernel: str) -> None:
-    assert sc.plan(text, SHAPE, **options).kernel == kernel
+CHOSEN = [
+    ("full", {}, "native", "sdpa (flash)"),
+    ("causal", {"grad": True}, "native", "sdpa (flash)"),
+    ("causal", {"lse": True}, "native", "chunk"),
+    ("window(128)", {}, "native", "chunk"),
+    ("window(128)", {"grad": True}, "native", "chunk"),
+    ("neighborhood(65)", {"grad": True}, "native", "chunk"),
+    ("dilated(32, step=4)", {}, "native", "chunk"),
+    ("alibi + causal", {}, "chunk", "chunk"),
+    ("memory_efficient_attention", {}, "chunk", "chunk"),
+    ("moba", {}, "native", "block"),
+    ("moba", {"grad": True}, "native", "block"),
+    ("moba", {"masked": True}, "slab", "slab"),
+    ("additive", {"grad": True}, "slab", "slab"),
+    ("luong_attention(local=predictive)", {}, "slab", "slab"),
+    ("causal + linear", {}, "recurrent", "recurrent"),
+    ("performer_favor", {"grad": True}, "recurrent", "recurrent"),
+    ("causal + centroid_buckets", {}, "bucket", "bucket"),
+    ("aaren", {}, "scan", "scan"),
+    ("nystromformer", {}, "mixer", "mixer"),
+    ("mix(causal, causal + linear)", {}, "mix(native, recurrent)", "mix(sdpa (flash), recurrent)"),
+    ("routing_transformer", {}, "by_head(native, bucket)", "by_head(chunk, bucket)"),
+]
+
+
+@pytest.fixture(params=["with the engine", "without"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Plans with the native engine, where it was built, and without."""
+    there = request.param == "with the engine"
+    if there and not native.available():
+        pytest.skip(f"the native engine {native.reason()}")
+    if not there:
+        monkeypatch.setattr(native, "reason", lambda: "was not built")
+    make.cache_clear()
+    yield there
+    make.cache_clear()
+
+
+@pytest.mark.parametrize(("text", "options", "kernel", "bare"), CHOSEN)
+def test_the_kernel_that_is_chosen(
+    engine: bool, text: str, options: dict[str, bool], kernel: str, bare: str
+) -> None:
+    assert sc.plan(text, SHAPE, **options).kernel == (kernel if engine else bare)
 
 
 def test_one_row_after_a_cache_is_decoded() -> None:
     for text in ("causal", "window(128)", "gqa(2) + causal + alibi"):
         m = sc.mechanism(text)
         p = sc.plan(m, sc.Shape(1, 8, 1, 64, m.kv_heads(8), 4096), decoding=True)
-        assert p.kernel in ("decode", "sdpa (flash)")
+        assert p.kernel in ("decode", "native", "sdpa (flash)")
         assert "decode" in [c.kernel.name for c in p.candidates if not c.reasons]
     alibi = sc.plan("gqa(2) + causal + alibi", sc.Shape(1, 32, 1, 64, 2, 32768), decoding=True)
     assert alibi.kernel == "decode"
@@ -71,7 +88,7 @@ def test_a_printed_plan_names_everything() -> None:
     assert "parts        kv_heads(2) + rope + window(256)" in shown
     assert "request        q (1, 8, 1024, 64), k (1, 2, 1024, 64), v (..., 64)" in shown
     assert "cpu, bfloat16, with gradients" in shown
-    assert re.search(r"^kernel +chunk$", shown, re.M)
+    assert re.search(r"^kernel +(native|chunk)$", shown, re.M)
     assert re.search(r"^FLOPs +[\d.]+ G$", shown, re.M)
     assert re.search(r"^bytes moved +[\d.]+ MiB$", shown, re.M)
     assert re.search(r"^peak memory +[\d.]+ MiB besides the inputs$", shown, re.M)
@@ -94,7 +111,7 @@ def test_a_printed_plan_names_everything() -> None:
 
 
 def test_a_printed_plan_says_what_is_particular() -> None:
-    assert "lse            no" in str(sc.plan("full", SHAPE))
+    assert "lse            no" in str(sc.plan("full", SHAPE, kernel="sdpa"))
     assert "causal         no, and it has no causal form (relative: performer_favor or moba)" in str(
         sc.plan("linformer(length=1024)", SHAPE)
     )
@@ -131,7 +148,9 @@ def test_a_demanded_kernel_runs_or_is_refused() -> None:
     with pytest.raises(sc.NotSupported, match="the call demands sdpa") as refused:
         sc.plan("window(64)", SHAPE, kernel="sdpa")
     assert "chunk: the call demands sdpa" in str(refused.value)
-    with pytest.raises(ValueError, match="no kernel is called 'flash'; there are sdpa, thin, decode, chunk"):
+    with pytest.raises(
+        ValueError, match="no kernel is called 'flash'; there are sdpa, native, thin, decode, chunk"
+    ):
         sc.plan("causal", SHAPE, kernel="flash")
     with pytest.raises(ValueError, match="no kernel is called 'flash'"):
         sc.plan("mix(causal, full)", SHAPE, kernel="flash")

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saccade as sc
 from kernels.harness import Call, draw
+from saccade import native
 from saccade.cost import Cost, Shape
 
 DIM = 32
@@ -31,6 +32,14 @@ COUNTED: list[tuple[str, str, int, dict[str, Any]]] = [
     ("causal + tiles(128, 256)", "chunk", 1000, {}),
     ("memory_efficient_attention", "chunk", 1000, {}),
     ("linformer(rank=32, length=1024)", "chunk", 1000, {}),
+    ("full", "native", 1000, {"value": 16}),
+    ("causal", "native", 1000, {"kv": 2}),
+    ("causal", "native", 20, {"kv": 1}),
+    ("window(64) + sink(4)", "native", 1000, {}),
+    ("dilated(32, step=3)", "native", 1000, {}),
+    ("window(64) + strided(7)", "native", 1000, {}),
+    ("permuted(65, length=400)", "native", 1000, {}),
+    ("bilinear + window(64)", "native", 1000, {}),
     ("causal", "slab", 1000, {}),
     ("full", "slab", 300, {"value": 16}),
     ("causal + additive(8)", "slab", 1024, {}),
@@ -67,11 +76,11 @@ def planned_and_counted(text: str, kernel: str, grad: bool, call: Call) -> tuple
     planned = sc.plan(text, shape, grad=grad, kernel=kernel).cost.flops
     learned = [x.requires_grad_(grad) for x in call.learned.values()]
     given = {"params": call.params, "streams": call.streams, "buffers": call.buffers}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, native.counting() as engine:
         out = sc.attend(q, k, v, text, kernel=kernel, **given)
         if grad:
             torch.autograd.grad(out.sum(), learned, allow_unused=True)
-    return planned, counter.get_total_flops()
+    return planned, counter.get_total_flops() + engine.flops
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])
@@ -79,6 +88,8 @@ def planned_and_counted(text: str, kernel: str, grad: bool, call: Call) -> tuple
 def test_planned_is_counted_within_one_percent(
     text: str, kernel: str, rows: int, options: dict[str, Any], grad: bool
 ) -> None:
+    if kernel == "native" and not native.available():
+        pytest.skip(f"the native engine {native.reason()}")
     call = draw(text, batch=1, rows=rows, dim=DIM, dtype=torch.float32, **options)
     planned, counted = planned_and_counted(text, kernel, grad, call)
     assert counted
@@ -87,12 +98,15 @@ def test_planned_is_counted_within_one_percent(
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "with gradients"])
 @pytest.mark.parametrize(("text", "rows"), BY_CONTENT)
+@pytest.mark.parametrize("kernel", ["block", "native"])
 def test_work_that_depends_on_the_data_is_planned_within_fifteen_percent(
-    text: str, rows: int, grad: bool
+    kernel: str, text: str, rows: int, grad: bool
 ) -> None:
-    """The tiles of the block kernel fill up as the queries choose; random choices are the rule of thumb."""
+    """The tiles of chosen blocks fill up as the queries choose; random choices are the rule of thumb."""
+    if kernel == "native" and not native.available():
+        pytest.skip(f"the native engine {native.reason()}")
     call = draw(text, batch=1, rows=rows, dim=DIM, dtype=torch.float32)
-    planned, counted = planned_and_counted(text, "block", grad, call)
+    planned, counted = planned_and_counted(text, kernel, grad, call)
     assert planned == pytest.approx(counted, rel=0.15)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from saccade.parts.base import Part
 
 Span = tuple[int, int]
+Interval = tuple[Tensor, Tensor]
 
 
 class Pairs(Part):
@@ -63,6 +64,10 @@ class Mask(Pairs):
         """Key intervals, ascending and disjoint, that cover all keys that rows [i0, i1) may read."""
         return [(0, keys)]
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        """Key intervals [lo, hi) of each row i, disjoint, that hold just what it reads; None where there is no short list."""
+        return None
+
     def uniform(self, i0: int, i1: int) -> bool:
         """True when rows [i0, i1) surely read the same keys; False also where it is not known."""
         return False
@@ -93,6 +98,9 @@ class Full(Mask):
 
     def whole(self, i0: int, i1: int, lo: int, hi: int) -> bool:
         return True
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), torch.full_like(i, keys))]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saccade.errors import MechanismError
 from saccade.parts.base import arg
-from saccade.parts.mask import Mask, Span, merge_spans
+from saccade.parts.mask import Interval, Mask, Span, merge_spans
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,10 @@ class GridNeighborhood(Mask):
             found = near if found is None else found & near
         assert found is not None
         return found
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        first, *others = self.axes
+        return [first.bounds(i, first.size)] if not others and first.dilation == 1 else None
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         first, *others = self.axes

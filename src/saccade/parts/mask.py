@@ -14,6 +14,7 @@ from saccade.errors import MechanismError
 from saccade.parts.algebra import (
     And,
     Full,
+    Interval,
     Mask,
     Or,
     Pairs,
@@ -35,6 +36,7 @@ __all__ = [
     "Dilated",
     "Full",
     "Global",
+    "Interval",
     "Mask",
     "Neighborhood",
     "Or",
@@ -70,8 +72,8 @@ class Causal(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, i1, keys)
 
-    def whole(self, i0: int, i1: int, lo: int, hi: int) -> bool:
-        return hi <= i0 + 1
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), i + 1)]
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Window(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(i0 - self.width + 1, i1, keys)
 
-    def whole(self, i0: int, i1: int, lo: int, hi: int) -> bool:
-        return hi <= i0 + 1 and lo > i1 - 1 - self.width
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(i + 1 - self.width, i + 1)]
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ class Neighborhood(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         side = (self.width // 2) * self.dilation
         return clip(i0 - side, i1 + side, keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        side = self.width // 2
+        return [(i - side, i + side + 1)] if self.dilation == 1 else None
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,10 @@ class Chunk(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(i0 // self.size * self.size, -(-i1 // self.size) * self.size, keys)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        first = torch.div(i, self.size, rounding_mode="floor") * self.size
+        return [(first, first + self.size)]
+
 
 @dataclass(frozen=True)
 class Sink(Mask):
@@ -206,6 +216,9 @@ class Sink(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, self.first, keys)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), torch.where(i < 0, 0, self.first))]
+
 
 @dataclass(frozen=True)
 class Global(Mask):
@@ -220,6 +233,9 @@ class Global(Mask):
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, keys if i0 < self.tokens else self.tokens, keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), torch.where(i < self.tokens, keys, self.tokens))]
 
 
 def rows_exist(pairs: Pairs, i: Tensor, j: Tensor, i0: int, i1: int) -> Tensor:

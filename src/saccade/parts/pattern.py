@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.errors import MechanismError
 from saccade.parts.base import arg
-from saccade.parts.mask import Mask, Pairs, Span, clip, merge_spans
+from saccade.parts.mask import Interval, Mask, Pairs, Span, clip, merge_spans
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Document(Mask):
         lo = max((e for e in self.ends if e <= i0), default=0)
         return clip(lo, min((e for e in self.ends if e >= i1), default=keys), keys)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        bounds = torch.tensor((0, *self.ends, max(keys, self.ends[-1])), device=i.device)
+        own = torch.bucketize(i, bounds[1:-1], right=True)
+        return [(bounds[own], bounds[own + 1])]
+
 
 @dataclass(frozen=True)
 class Prefix(Mask):
@@ -62,6 +67,9 @@ class Prefix(Mask):
 
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip(0, max(i1, self.tokens), keys)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        return [(torch.zeros_like(i), (i + 1).clamp(min=self.tokens))]
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,10 @@ class LocalBlocks(Mask):
     def spans(self, i0: int, i1: int, keys: int) -> list[Span]:
         return clip((i0 // self.block - self.last + 1) * self.block, -(-i1 // self.block) * self.block, keys)
 
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        own = torch.div(i, self.block, rounding_mode="floor")
+        return [((own + 1 - self.last) * self.block, (own + 1) * self.block)]
+
 
 @dataclass(frozen=True)
 class PowerBlocks(Mask):
@@ -154,6 +166,11 @@ class PowerBlocks(Mask):
                 ((own - g) * self.block, min(keys, (own - g + 1) * self.block)) for g in gaps if g <= own
             ]
         return merge_spans(found)
+
+    def intervals(self, i: Tensor, keys: int) -> list[Interval] | None:
+        own = torch.div(i, self.block, rounding_mode="floor")
+        gaps = [1 << p for p in range(int(own.max()).bit_length() if own.numel() else 0)]
+        return [((own - g) * self.block, torch.where(own < g, 0, (own - g + 1) * self.block)) for g in gaps]
 
 
 @dataclass(frozen=True)

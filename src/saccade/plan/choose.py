@@ -24,6 +24,7 @@ from saccade.kernels.grid import GridKernel
 from saccade.kernels.hash import HashKernel
 from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
+from saccade.kernels.native import NativeKernel
 from saccade.kernels.recurrent import RecurrentKernel
 from saccade.kernels.scan import ScanKernel
 from saccade.kernels.sdpa import SdpaKernel, backend
@@ -87,6 +88,7 @@ def _has_lse(m: Mechanism) -> bool:
 
 KERNELS: tuple[Kernel, ...] = (
     SdpaKernel(),
+    NativeKernel(),
     ThinKernel(),
     DecodeKernel(),
     ChunkKernel(),
@@ -405,7 +407,7 @@ def plan(
     multiply-add, matrix products), bytes moved, peak bytes besides the inputs, exactness, gradients, lse, determinism, the other
     candidates and the reasons of those that cannot run. Raises NotSupported, with every reason, when none can.
 
-    >>> plan("window(256)", (1, 8, 8192, 64)).kernel
+    >>> plan("alibi + window(256)", (1, 8, 8192, 64)).kernel
     'chunk'
     """
     m = parse(mechanism)
