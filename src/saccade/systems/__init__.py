@@ -30,6 +30,7 @@ from saccade.systems import (
     sentinel,
     softmax,
     sparse,
+    sparsek,
     tapa,
 )
 
@@ -63,5 +64,6 @@ __all__ = [
     "sentinel",
     "softmax",
     "sparse",
+    "sparsek",
     "tapa",
 ]
