@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,26 +56,28 @@ class Kept:
         """The state after one token, k (b, g, 1, d) and v (b, g, 1, e); `scorer` is the mechanism's weight `key_scorer`."""
         wide = self.u.dtype
         score = (torch.cat((k, v), -1).to(wide) * scorer.to(wide)[:, None]).sum(-1)
-        grown = [torch.cat(x, 2) for x in ((self.k, k), (self.v, v), (self.u, score))]
-        if self.heap < self.top or grown[0].shape[2] <= self.window + self.top:
-            return Kept(self.top, self.window, *grown, self.rest)
+        keys, values, u = (torch.cat(x, 2) for x in ((self.k, k), (self.v, v), (self.u, score)))
+        if u.shape[2] <= self.window + self.top:
+            return replace(self, k=keys, v=values, u=u)
         count = (
             self.top + 1
         )  # the heap, and the key that has just left the window; the earlier of equals stays
-        held = grown[2][..., :count]
+        held = u[..., :count]
         leaves = count - 1 - held.flip(-1).argmin(-1, keepdim=True)
         gone = held.gather(-1, leaves)
         stays = torch.arange(count - 1, device=k.device)
         at = stays + (stays >= leaves)
-        after = []
-        for x in grown:
+
+        def without(x: Tensor) -> Tensor:
             index = at if x.dim() == 3 else at.unsqueeze(-1).expand(*at.shape, x.shape[-1])
-            after.append(torch.cat((x.gather(2, index), x[:, :, count:]), 2))
+            return torch.cat((x.gather(2, index), x[:, :, count:]), 2)
+
+        keys, values, u = (without(x) for x in (keys, values, u))
         rest = torch.cat((self.rest, gone), -1)
-        tau = threshold(torch.cat((after[2][..., : self.top], rest), -1), self.top).unsqueeze(-1)
+        tau = threshold(torch.cat((u[..., : self.top], rest), -1), self.top).unsqueeze(-1)
         rest = rest.masked_fill(rest <= tau, -torch.inf).sort(-1, descending=True).values
         rest = rest[..., : int((~torch.isneginf(rest)).sum(-1).max())]
-        return Kept(self.top, self.window, after[0], after[1], after[2], rest)
+        return replace(self, k=keys, v=values, u=u, rest=rest)
 
     def attend(self, q: Tensor) -> Tensor:
         """What the query of the latest token reads, q (b, h, 1, d) to (b, h, 1, e)."""
