@@ -78,6 +78,7 @@ def evaluate(m: Mechanism, c: Context) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` of any family."""
     if isinstance(m, Pairwise | Recurrent):
         out, lse = pairwise(m, c) if isinstance(m, Pairwise) else recurrent(m, c)
+        c = replace(c, looks_back=m.causal)
         for part in m.output:
             out = part.map(out, c)
         return out, lse

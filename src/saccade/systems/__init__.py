@@ -7,6 +7,7 @@ from saccade.systems import (
     catalogue,
     comateformer,
     cope_complex,
+    dhsa,
     heads,
     linear,
     luong,
@@ -31,6 +32,7 @@ from saccade.systems import (
     softmax,
     sparse,
     sparsek,
+    sparsifiner,
     tapa,
 )
 
@@ -41,6 +43,7 @@ __all__ = [
     "catalogue",
     "comateformer",
     "cope_complex",
+    "dhsa",
     "heads",
     "linear",
     "luong",
@@ -65,5 +68,6 @@ __all__ = [
     "softmax",
     "sparse",
     "sparsek",
+    "sparsifiner",
     "tapa",
 ]
