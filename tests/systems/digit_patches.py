@@ -91,7 +91,10 @@ def captured(model: PatchViT, top: int) -> list[tuple[float, float]]:
         q, k, v = layer.project(block.norm1(x))
         w = sc.attend(q, k, v, "full", need=("weights",)).weights
         params = {n: layer.get_parameter(n) for n in layer.weight_names}
-        chosen = sc.attend(q, k, v, layer.mechanism, params=params, need=("selection",)).selection
+        buffers = {n: layer.get_buffer(n) for n in layer.mechanism.buffer_names()}
+        chosen = sc.attend(
+            q, k, v, layer.mechanism, params=params, buffers=buffers, need=("selection",)
+        ).selection
         local = nearest(top).expand(*w.shape[:2], -1, -1)
         held = (w.gather(-1, chosen.index) * chosen.valid).sum(-1)
         found.append((float(held.mean()), float(w.gather(-1, local).sum(-1).mean())))
