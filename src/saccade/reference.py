@@ -78,6 +78,8 @@ def evaluate(m: Mechanism, c: Context) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` of any family."""
     if isinstance(m, Pairwise | Recurrent):
         out, lse = pairwise(m, c) if isinstance(m, Pairwise) else recurrent(m, c)
+        if m.output:
+            c = replace(map_tokens(m.tokens, c, c.k.shape[2]), looks_back=m.causal)
         for part in m.output:
             out = part.map(out, c)
         return out, lse

@@ -49,6 +49,20 @@ class Spans:
 
 
 @dataclass(frozen=True)
+class Floors:
+    """Keys of at least a row's floor: score (b, h, S), floor (b, h, L); none after the row's `last` (b or 1, L), if given."""
+
+    score: Tensor
+    floor: Tensor
+    last: Tensor | None = None
+
+    def exist(self, rows: slice, j: Tensor, cols: Tensor) -> Tensor:
+        """Boolean (b, h, Q, K) for the rows and the key indices `cols`."""
+        found = self.score[:, :, None].index_select(-1, cols) >= self.floor[:, :, rows, None]
+        return found if self.last is None else found & (j <= self.last[:, None, rows, None])
+
+
+@dataclass(frozen=True)
 class Labels:
     """Pairs exist where the labels of query (b, h, L) and key (b, h, S) agree."""
 
@@ -108,4 +122,4 @@ class Sampled:
         return total
 
 
-Selection = Blocks | Spans | Labels | Buckets | Sampled
+Selection = Blocks | Spans | Labels | Buckets | Sampled | Floors

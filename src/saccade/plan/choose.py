@@ -277,7 +277,7 @@ def finish(m: Mechanism, c: Context, out: Tensor, lse: Tensor | None) -> tuple[T
         assert lse is not None
         out, lse = merge([(out, lse), m.slots.partial(c, out)])
     for part in m.output if isinstance(m, Pairwise | Recurrent) else ():
-        out = part.map(out, c)
+        out = part.map(out, replace(c, looks_back=m.causal))
     return out, lse
 
 
