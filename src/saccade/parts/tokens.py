@@ -68,12 +68,21 @@ class Rotary(TokenMap):
         return positions[:, None, :, None].double() * self.rates(d, positions.device)
 
     def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
+        return self._turn(x, positions, self.stretch(), 1)
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What `map` took to x."""
+        return self._turn(x, positions, 1 / self.stretch(), -1)
+
+    def _turn(self, x: Tensor, positions: Tensor, by: float, way: int) -> Tensor:
         d = x.shape[-1]
         if d % 2:
             raise NotSupported(f"{self.name} turns pairs of channels: head_dim must be even, got {d}")
         wide = torch.promote_types(x.dtype, torch.float32)
-        angle, by = self.angles(positions, d), self.stretch()
-        return Turn.apply(x.to(wide), (by * angle.cos()).to(wide), (by * angle.sin()).to(wide)).to(x.dtype)
+        angle = self.angles(positions, d)
+        return Turn.apply(x.to(wide), (by * angle.cos()).to(wide), (way * by * angle.sin()).to(wide)).to(
+            x.dtype
+        )
 
 
 def rope_rates(base: float, d: int, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, overload
 
 from torch import Tensor
@@ -162,6 +162,7 @@ def _losses(m: Mechanism, c: Context) -> dict[str, Tensor]:
         shares = by_head(m, c) if isinstance(m, ByHead) else [c] * len(m.children)
         each = [_losses(child, share) for child, share in zip(m.children, shares, strict=True)]
     else:
+        c = replace(c, looks_back=m.causal)
         each = [part.losses(c) for part in m.parts()]
     found: dict[str, Tensor] = {}
     for losses in each:
