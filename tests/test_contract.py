@@ -92,6 +92,8 @@ SYSTEMS = [
     "moba(block=16, top=2)",
     "seerattention(16, top=2, width=8)",
     "seerattention(16, share(0.3), width=8, rows=16, rope=false)",
+    "rectified_spaattn(top_blocks(8, share(0.25), rows=8))",
+    "rectified_spaattn(top_blocks(8, mass(0.6, least=2), proxy=pooled_gate(8)), text_keys=16)",
     "aaren",
     "hepos(2)",
     "s2_attention(8, local=2, stripes=4)",
