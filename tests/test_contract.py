@@ -94,6 +94,7 @@ SYSTEMS = [
     "seerattention(16, share(0.3), width=8, rows=16, rope=false)",
     "rectified_spaattn(top_blocks(8, share(0.25), rows=8))",
     "rectified_spaattn(top_blocks(8, mass(0.6, least=2), proxy=pooled_gate(8)), text_keys=16)",
+    "sparsed(8, prompt=24)",
     "aaren",
     "hepos(2)",
     "s2_attention(8, local=2, stripes=4)",

@@ -3,6 +3,7 @@
 from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
+from saccade.nn.diffusion import MaskedDiffusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -47,6 +48,7 @@ __all__ = [
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "MaskedDiffusion",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
     "PPFAttention",

@@ -79,7 +79,7 @@ def _slab(
 
 @dataclass(frozen=True)
 class BlockMass(Proxy):
-    """The log of the mean attention weight in the block, from all pairs: O(L S) once, to be reused."""
+    """The log of the attention that a key of the block gets, on average, from all queries of theirs: O(L S) once, to be reused."""
 
     name = "block_mass"
 

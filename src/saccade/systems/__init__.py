@@ -32,6 +32,7 @@ from saccade.systems import (
     sentinel,
     softmax,
     sparse,
+    sparsed,
     tapa,
 )
 
@@ -67,5 +68,6 @@ __all__ = [
     "sentinel",
     "softmax",
     "sparse",
+    "sparsed",
     "tapa",
 ]

@@ -23,7 +23,6 @@ from saccade.parts.selection import Blocks
 from saccade.plan.choose import make
 from saccade.plan.place import request
 
-
 CHOICE = TopBlocks(64, Mass(0.9), rows=64)
 
 
