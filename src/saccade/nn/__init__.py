@@ -2,6 +2,7 @@
 
 from saccade.nn import convert
 from saccade.nn.attention import Attention
+from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.diffusion import MaskedDiffusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
@@ -43,6 +44,7 @@ __all__ = [
     "GINAdapter",
     "GINAttention",
     "GaussianGate",
+    "GeometryBias",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
@@ -54,6 +56,7 @@ __all__ = [
     "PPFAttention",
     "PathAttention",
     "PathState",
+    "PointBridge",
     "PointMatcher",
     "PointerNetwork",
     "PositionalAttention",
@@ -78,6 +81,7 @@ __all__ = [
     "choose_head_scale",
     "convert",
     "head_scales",
+    "key_points",
     "path_attention",
     "skimming_mask",
     "tune_head_scales",
