@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import saccade as sc
-from saccade.parts.budget import Above, Budget, Mass, Share, Top, budget
+from saccade.parts.budget import Above, Apart, Budget, Mass, Share, Top, budget
 
 
 def scored() -> Tensor:
@@ -37,6 +37,8 @@ def kept(rule: Budget, row: list[float]) -> set[int]:
                     break
                 found.append(n)
             return set(found)
+        case Apart(first=n, keep_each=inner):
+            return kept(inner, row[:n]) | {n + m for m in kept(inner, row[n:])}
     raise AssertionError(rule)
 
 
@@ -54,6 +56,9 @@ def kept(rule: Budget, row: list[float]) -> set[int]:
         Mass(1.0),
         Above(0.0),
         Above(0.2),
+        Apart(4, Share(0.3)),
+        Apart(9, Top(2)),
+        Apart(20, Mass(0.5)),
     ],
 )
 def test_what_is_kept(rule: Budget) -> None:

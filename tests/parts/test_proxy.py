@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade import reference
+from saccade.parts.blockmap import BlockMass
 from saccade.parts.pair import Context
 from saccade.parts.proxy import BoundKey, MeanKey
 
@@ -42,6 +43,20 @@ def test_scores(rows: int, size: int, lengths: list[int] | None) -> None:
                         else:
                             want = torch.maximum(mean * keys.amax(0), mean * keys.amin(0)).sum()
                         torch.testing.assert_close(got[b, h, n - 1, u], want / 5**0.5)
+
+
+@pytest.mark.parametrize("lengths", [None, [7, 11]])
+@pytest.mark.parametrize(("rows", "size"), [(1, 4), (3, 4), (4, 3)])
+def test_block_mass(rows: int, size: int, lengths: list[int] | None) -> None:
+    c, ends = context(lengths), lengths or [11, 11]
+    got = BlockMass().scores(BlockMass().prepare(c, size, rows), slice(None), -(-11 // size)).exp()
+    for b in range(2):
+        for h in range(4):
+            w = (c.q[b, h, : ends[b]] @ c.k[b, h // 2, : ends[b]].T / 5**0.5).softmax(-1)
+            for n in range(-(-ends[b] // rows)):
+                for u in range(-(-ends[b] // size)):
+                    tile = w[n * rows : (n + 1) * rows, u * size : (u + 1) * size]
+                    torch.testing.assert_close(got[b, h, n, u], tile.sum() / tile.shape[1])
 
 
 def test_no_key_scores_above_its_blocks_bound() -> None:

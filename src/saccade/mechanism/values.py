@@ -25,6 +25,7 @@ from saccade.parts.normalizer import Normalizer, Softmax
 from saccade.parts.output import Output
 from saccade.parts.reweight import Reweight
 from saccade.parts.score import Dot, Score
+from saccade.parts.selection import Selection
 from saccade.parts.slots import Slots
 from saccade.parts.summary import Summary
 from saccade.parts.tiles import Tiles
@@ -277,6 +278,10 @@ class Mixer(Mechanism):
     def mix(self, c: Any) -> torch.Tensor:
         """The output (b, h, L, e) of a context, in float32 or wider."""
         raise NotImplementedError
+
+    def select(self, c: Any) -> Selection | None:
+        """What is chosen by content, to be kept and replayed; None for one that chooses nothing."""
+        return None
 
     def define(self, c: Any) -> torch.Tensor:
         """The same by the formula of its paper, slowly."""

@@ -2,7 +2,9 @@
 
 from saccade.nn import convert
 from saccade.nn.attention import Attention
+from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
+from saccade.nn.diffusion import MaskedDiffusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -44,11 +46,13 @@ __all__ = [
     "GINAdapter",
     "GINAttention",
     "GaussianGate",
+    "GeometryBias",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
+    "MaskedDiffusion",
     "MoSA",
     "MoSAState",
     "MonotonicLocation",
@@ -56,6 +60,7 @@ __all__ = [
     "PPFAttention",
     "PathAttention",
     "PathState",
+    "PointBridge",
     "PointMatcher",
     "PointerNetwork",
     "PositionalAttention",
@@ -82,6 +87,7 @@ __all__ = [
     "choose_head_scale",
     "convert",
     "head_scales",
+    "key_points",
     "path_attention",
     "skimming_mask",
     "superlinear_attention",

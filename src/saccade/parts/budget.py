@@ -107,6 +107,26 @@ class Above(Budget):
         return found, kept
 
 
+@dataclass(frozen=True)
+class Apart(Budget):
+    """What `keep_each` says of the first `first` candidates, and the same of the others."""
+
+    first: int = arg(1, at_least=1)
+    keep_each: Budget = Share()
+
+    name = "apart"
+
+    def most(self, units: int) -> int:
+        first = min(self.first, units)
+        return sum(self.keep_each.most(n) for n in (first, units - first) if n)
+
+    def keep(self, scores: Tensor) -> Kept:
+        sides = [s for s in (scores[..., : self.first], scores[..., self.first :]) if s.shape[-1]]
+        found = [self.keep_each.keep(s) for s in sides]
+        index = [x + side * self.first for side, (x, _) in enumerate(found)]
+        return torch.cat(index, -1), torch.cat([kept for _, kept in found], -1)
+
+
 def budget(keep: int | Budget) -> Budget:
     """A budget; a whole number n stands for top(n)."""
     return Top(keep) if isinstance(keep, int) else keep

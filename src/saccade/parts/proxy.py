@@ -37,6 +37,28 @@ def block_mean(x: Tensor, size: int, valid: Tensor | None) -> Tensor:
     return sums / count.clamp_min(1)
 
 
+def block_ends(x: Tensor, size: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Greatest and least of every channel (b, n, U, d) in blocks of `size` tokens of x (b, n, S, d), in float32 or wider.
+
+    Padding does not count; a block of padding alone gives zeros.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    ends = []
+    for fill, pick in ((-torch.inf, torch.amax), (torch.inf, torch.amin)):
+        kept = x if valid is None else x.masked_fill(~valid[:, None, :, None], fill)
+        blocks = pad(kept, (0, 0, 0, -x.shape[2] % size), value=fill).unflatten(2, (-1, size))
+        found = pick(blocks, dim=3)
+        ends.append(found.masked_fill(torch.isinf(found), 0))
+    return ends[0], ends[1]
+
+
+def last_positions(c: Context, rows: int) -> Tensor:
+    """The position of the last query of each block of `rows`, (b or 1, N)."""
+    length = c.q.shape[2]
+    ends = torch.arange(1, -(-length // rows) + 1, device=c.q.device).mul(rows).clamp(max=length)
+    return c.i[:, ends - 1]
+
+
 class Proxy(Part):
     """A cheap score of blocks of queries for blocks of keys: most are a product of one vector a block.
 
@@ -49,6 +71,17 @@ class Proxy(Part):
     def flops(self, head_dim: int) -> int:
         """Matrix FLOPs of one score."""
         return 2 * head_dim
+
+    def score_flops(self, head_dim: int, size: int, rows: int) -> int:
+        """Matrix FLOPs of the score of a block of `rows` queries for one of `size` keys."""
+        return self.flops(head_dim)
+
+    def lessons(self, c: Context, size: int, rows: int, open_: Tensor) -> dict[str, Tensor]:
+        """Losses that teach the proxy, by name; `c` holds q, k and v before the token maps.
+
+        `open_` (b or 1, 1, N, U) says which blocks of keys are candidates.
+        """
+        return {}
 
     def queries(self, c: Context, rows: int) -> Tensor:
         """One vector a block of `rows` queries, (b, h, N, p)."""
@@ -98,15 +131,4 @@ class BoundKey(Proxy):
         )  # undoes the larger head_dim of the scale
 
     def keys(self, c: Context, size: int) -> Tensor:
-        k = c.k.to(torch.promote_types(c.k.dtype, torch.float32))
-        kept = (
-            torch.ones_like(k[:, :1, :, :1], dtype=torch.bool)
-            if c.valid is None
-            else c.valid[:, None, :, None]
-        )
-        ends = []
-        for fill, pick in ((-torch.inf, torch.amax), (torch.inf, torch.amin)):
-            x = pad(k.masked_fill(~kept, fill), (0, 0, 0, -k.shape[2] % size), value=fill)
-            x = pick(x.unflatten(2, (-1, size)), dim=3)
-            ends.append(x.masked_fill(torch.isinf(x), 0))
-        return torch.cat(ends, -1)
+        return torch.cat(block_ends(c.k, size, c.valid), -1)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from saccade.parts.base import Causality, Sizes, Stream, arg
 from saccade.parts.budget import Budget, budget
 from saccade.parts.mask import Pairs
-from saccade.parts.proxy import MeanKey, Proxy
+from saccade.parts.proxy import MeanKey, Proxy, last_positions
 from saccade.parts.selection import Blocks, Selection, Spans
 
 if TYPE_CHECKING:
@@ -79,7 +80,20 @@ class Choice(Select):
             n1 = min(groups, n0 + ROWS)
             end = keys - rows + min(rows, n1 * self.height)
             scored += (n1 - n0) * (self.candidates(end, keys) if looks_back else -(-keys // self.size))
-        return scored * self.proxy.flops(head_dim)
+        return scored * self.proxy.score_flops(head_dim, self.size, self.height)
+
+    def open(self, c: Context, cut: slice) -> Tensor:
+        """Which units are candidates of the blocks of queries in `cut`, (b or 1, 1, N or 1, U)."""
+        numbers = torch.arange(-(-c.k.shape[2] // self.size), device=c.q.device)
+        found = numbers * self.size < c.key_ends[:, None, None, None]
+        if not c.looks_back:
+            return found
+        last = last_positions(c, self.height)[:, cut]
+        end = torch.div(last, self.size, rounding_mode="floor") + self.own
+        return found & (numbers < end[:, None, :, None])
+
+    def losses(self, c: Context) -> dict[str, Tensor]:
+        return self.proxy.lessons(c, self.size, self.height, self.open(c, slice(None)))
 
     @torch.no_grad()
     def choose(self, c: Context) -> Blocks:
@@ -90,22 +104,15 @@ class Choice(Select):
         shape = (*c.q.shape[:2], groups, choices)
         index = torch.zeros(shape, dtype=torch.long, device=c.q.device)
         valid = torch.zeros(shape, dtype=torch.bool, device=c.q.device)
-        numbers = torch.arange(units, device=c.q.device)
-        last = c.i[:, torch.arange(1, groups + 1, device=c.q.device).mul(height).clamp(max=c.q.shape[2]) - 1]
         for n0 in range(0, groups, ROWS):
             cut = slice(n0, min(groups, n0 + ROWS))
-            open_ = numbers * size < c.key_ends[:, None, None, None]
             reach = units
-            if c.looks_back:
-                end = torch.div(last[:, cut], size, rounding_mode="floor") + self.own
-                open_ = open_ & (numbers < end[:, None, :, None])
-                if c.offset is not None:
-                    reach = min(
-                        units, (c.offset + min(c.q.shape[2], cut.stop * height) - 1) // size + self.own
-                    )
+            if c.looks_back and c.offset is not None:
+                reach = min(units, (c.offset + min(c.q.shape[2], cut.stop * height) - 1) // size + self.own)
             if reach < 1:
                 continue
-            scores = self.proxy.scores(ready, cut, reach).masked_fill(~open_[..., :reach], -torch.inf)
+            scores = self.proxy.scores(ready, cut, reach)
+            scores = scores.masked_fill(~self.open(c, cut)[..., :reach], -torch.inf)
             found, kept = self.keep.keep(scores)
             index[:, :, cut, : found.shape[-1]] = found
             valid[:, :, cut, : found.shape[-1]] = kept

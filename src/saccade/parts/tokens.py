@@ -74,12 +74,21 @@ class Rotary(TokenMap):
         return (by * angle.cos()).to(dtype), (by * angle.sin()).to(dtype)
 
     def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
+        return self._turn(x, positions, 1.0, 1)
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What `map` took to x."""
+        return self._turn(x, positions, self.stretch() ** -2, -1)
+
+    def _turn(self, x: Tensor, positions: Tensor, by: float, way: int) -> Tensor:
         d = x.shape[-1]
         if d % 2:
             raise NotSupported(f"{self.name} turns pairs of channels: head_dim must be even, got {d}")
         wide = torch.promote_types(x.dtype, torch.float32)
         kept = near_turns(self, positions, d, wide)
         cos, sin = self.turns(positions, d, wide) if kept is None else kept
+        if (by, way) != (1.0, 1):
+            cos, sin = by * cos, way * by * sin
         return Turn.apply(x.to(wide), cos, sin).to(x.dtype)
 
 

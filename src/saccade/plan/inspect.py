@@ -119,6 +119,8 @@ def slab(m: Mechanism, c: Context, r0: int, r1: int) -> Tensor:
 
 def selection(m: Mechanism, c: Context) -> Selection | None:
     """What the mechanism chose by content, or None where position alone decides."""
+    if isinstance(m, Mixer):
+        return m.select(without_padding(c))
     if not isinstance(m, Pairwise):
         return None
     selects = [p for p in m.pairs.leaves() if isinstance(p, Select)]
