@@ -103,6 +103,8 @@ SYSTEMS = [
     "causal + cope_complex",
     "cope_complex(phase=true)",
     "cope_contextual(6)",
+    "tra",
+    "tra(-0.5)",
     "mvpa(4, grid=(20, 8))",
     "nope_head_scale",
     "shaw_rpr(8)",

@@ -186,6 +186,11 @@ class Pairwise(Mechanism):
             )
         _check_parts(self)
         self._check_buckets()
+        for part in self.logits[:-1]:
+            if part.drops:
+                raise MechanismError(
+                    f"{part} drops pairs for good, so it stands last of the logits: put it after {self.logits[-1]}"
+                )
         placed = [*self.logits, *(p for p in self.pairs.leaves() if p != Full())]
         if self.summary is not None and placed:
             raise MechanismError(

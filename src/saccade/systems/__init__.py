@@ -31,6 +31,7 @@ from saccade.systems import (
     softmax,
     sparse,
     tapa,
+    tra,
 )
 
 __all__ = [
@@ -64,4 +65,5 @@ __all__ = [
     "softmax",
     "sparse",
     "tapa",
+    "tra",
 ]
