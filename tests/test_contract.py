@@ -105,6 +105,8 @@ SYSTEMS = [
     "cope_contextual(6)",
     "tra",
     "tra(-0.5)",
+    "nats(8)",
+    "nats(8, mode=hard)",
     "mvpa(4, grid=(20, 8))",
     "nope_head_scale",
     "shaw_rpr(8)",

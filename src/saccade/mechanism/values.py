@@ -270,7 +270,7 @@ class Pairwise(Mechanism):
     @property
     def sweeps(self) -> bool:
         """True when a part runs along the keys of a row, and so must see all between the first and the last."""
-        return any(p.reach == "sweep" for p in self.logits)
+        return any(p.reach == "sweep" for p in (*self.logits, self.normalizer))
 
     def kv_heads(self, heads: int) -> int:
         return heads if self.heads is None else self.heads.kv_heads(heads)
