@@ -33,6 +33,7 @@ class DecodeKernel(Kernel):
             if not m.static:
                 why.append("pairs are chosen by content")
             why += [f"{p.name} reads pairs around a pair" for p in m.logits if p.reach == "halo"]
+            why += [f"{p.name} drops pairs that the mask has" for p in m.logits if p.drops]
             if m.tiles is not None:
                 why.append(f"tiles of {m.tiles.query} x {m.tiles.key} were demanded")
         if r.shape.length > ROWS:

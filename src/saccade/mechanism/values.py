@@ -65,6 +65,11 @@ class Pairwise(Mechanism):
             )
         check_parts(self)
         self._check_buckets()
+        for part in self.logits[:-1]:
+            if part.drops:
+                raise MechanismError(
+                    f"{part} drops pairs for good, so it stands last of the logits: put it after {self.logits[-1]}"
+                )
         placed = [*self.logits, *(p for p in self.pairs.leaves() if p != Full())]
         if self.summary is not None and placed:
             raise MechanismError(
@@ -148,7 +153,7 @@ class Pairwise(Mechanism):
     @property
     def sweeps(self) -> bool:
         """True when a part runs along the keys of a row, and so must see all between the first and the last."""
-        return any(p.reach == "sweep" for p in self.logits)
+        return any(p.reach == "sweep" for p in (*self.logits, self.normalizer))
 
     def kv_heads(self, heads: int) -> int:
         return heads if self.heads is None else self.heads.kv_heads(heads)

@@ -117,6 +117,7 @@ class Part:
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     buffer_names: ClassVar[tuple[str, ...]] = ()
+    straight_through: ClassVar[bool] = False  # True where the gradient is that of a softer formula
     head_bound: ClassVar[bool] = False  # True where the formula asks which of how many heads it stands in
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -20,6 +20,7 @@ class Logits(Part):
 
     kind = "logits"
     static_bias: ClassVar[bool] = False
+    drops: ClassVar[bool] = False  # True where the map answers -inf for pairs that exist by rule
 
     @property
     def halo(self) -> tuple[int, int, int]:

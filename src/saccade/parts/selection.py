@@ -122,4 +122,17 @@ class Sampled:
         return total
 
 
-Selection = Blocks | Spans | Labels | Buckets | Sampled | Floors
+@dataclass(frozen=True)
+class Lives:
+    """Keys and their last readers: key n is read from position n + start to `last` (b, h, S) by queries at i (b or 1, L)."""
+
+    last: Tensor
+    i: Tensor
+    start: int = 0
+
+    def exist(self, rows: slice, j: Tensor, cols: Tensor) -> Tensor:
+        i = self.i[:, None, rows, None]
+        return (cols + self.start <= i) & (i <= self.last.index_select(-1, cols).unsqueeze(-2))
+
+
+Selection = Blocks | Spans | Labels | Buckets | Sampled | Floors | Lives

@@ -19,6 +19,7 @@ from saccade.parts.pair import Context, Program, map_tokens
 from saccade.parts.state import State
 from saccade.parts.tokens import TokenMap
 from saccade.plan.choose import combine, finish, make
+from saccade.plan.lives import advance_lives, init_lives, window_of
 from saccade.plan.place import empty_answer, request, zeros
 from saccade.reference import by_head
 
@@ -70,7 +71,8 @@ def init_state(
             }
         )
     kept = {"k": (kv_heads, head_dim), "v": (kv_heads, e)} | ({"q": (h, head_dim)} if m.halo[0] else {})
-    return State({n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()})
+    state = State({n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()})
+    return state if window_of(m) is None else init_lives(m, state, h)
 
 
 def _relative(m: Mechanism) -> str:
@@ -108,6 +110,8 @@ def advance(
         out, joint = combine(m, [(o, x) for o, x, _ in found])
         return out, joint, State({}, state.length + c.k.shape[2], 0, tuple(s for _, _, s in found))
     assert isinstance(m, Pairwise | Recurrent)
+    if isinstance(m, Pairwise) and window_of(m) is not None:
+        return advance_lives(m, c, state, lse, kernel)
     if isinstance(m, Pairwise) and not m.learned_query:
         return _advance_cache(m, c, state, lse, kernel)
     own = "recurrent" if isinstance(m, Recurrent) else "scan"

@@ -19,6 +19,7 @@ from saccade.systems import (
     mta,
     mvpa,
     nap,
+    nats,
     neighborhood,
     neural_attention,
     nope_head_scale,
@@ -39,6 +40,7 @@ from saccade.systems import (
     sparsek,
     sparsifiner,
     tapa,
+    tra,
 )
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "mta",
     "mvpa",
     "nap",
+    "nats",
     "neighborhood",
     "neural_attention",
     "nope_head_scale",
@@ -80,4 +83,5 @@ __all__ = [
     "sparsek",
     "sparsifiner",
     "tapa",
+    "tra",
 ]
