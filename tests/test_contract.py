@@ -123,6 +123,8 @@ SYSTEMS = [
     "causal + rela",
     "nap",
     "causal + nap",
+    "kv_shifting",
+    "gqa(2) + kv_shifting + rope",
 ]
 
 

@@ -15,9 +15,9 @@ from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
-from saccade.parts.pair import Context, Program, map_tokens
+from saccade.parts.pair import Context, Program, map_tokens, tail_name
 from saccade.parts.state import State
-from saccade.parts.tokens import TokenMap
+from saccade.parts.tokens import On, TokenMap
 from saccade.plan.choose import combine, finish, make
 from saccade.plan.place import empty_answer, request, zeros
 from saccade.reference import by_head
@@ -56,11 +56,18 @@ def init_state(
                 for c in m.children
             )
         )
+    sizes = {"q": (h, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, e)}
+    tails = {
+        tail_name(part, on): torch.zeros(
+            batch, sizes[on][0], part.past, sizes[on][1], dtype=dtype, device=device
+        )
+        for part, on in _looking_back(m)
+    }
     if isinstance(m, Recurrent):
         carry = Carry.empty(
             batch, kv_heads, m.feature.size(head_dim), e, torch.empty(0, dtype=wide, device=device)
         )
-        return State({"s": carry.s, "z": carry.z, "m": carry.m})
+        return State({"s": carry.s, "z": carry.z, "m": carry.m} | tails)
     assert isinstance(m, Pairwise)
     if m.heads is not None and m.heads.learned_query:
         return State(
@@ -68,9 +75,23 @@ def init_state(
                 "out": torch.zeros(batch, h, e, dtype=wide, device=device),
                 "lse": torch.full((batch, h), -torch.inf, dtype=wide, device=device),
             }
+            | tails
         )
-    kept = {"k": (kv_heads, head_dim), "v": (kv_heads, e)} | ({"q": (h, head_dim)} if m.halo[0] else {})
-    return State({n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()})
+    kept = {n: x for n, x in sizes.items() if n != "q" or m.halo[0]}
+    cache = {n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()}
+    return State(cache | tails)
+
+
+def _looking_back(m: Mechanism) -> list[tuple[TokenMap, On]]:
+    """The token maps that look at tokens before their own, and on what; a state keeps those rows."""
+    return [(p, on) for p in m.parts() if isinstance(p, TokenMap) and p.past for on in p.on]
+
+
+def _mapped(m: Pairwise | Recurrent, c: Context, state: State) -> Context:
+    """New tokens after the token maps, which look back into the state."""
+    tails = {n: state.tensors[n] for n in (tail_name(part, on) for part, on in _looking_back(m))}
+    c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length, tails=tails), c.k.shape[2])
+    return replace(c, tails={n: x.clone() for n, x in c.tails.items()})
 
 
 def _relative(m: Mechanism) -> str:
@@ -162,7 +183,7 @@ def _advance_cache(
         raise ValueError(
             f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
         )
-    mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
+    mapped = _mapped(m, c, state)
     unkept = _unkept_streams(m, c.sizes)
     if unkept:
         raise NotSupported(
@@ -185,8 +206,9 @@ def _advance_cache(
         drop = keys.shape[2] - (horizon - 1)
         kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
         after = State(kept, after.length, start + drop)
-    if above:
-        after = replace(after, tensors=after.tensors | {"q": q[:, :, -above:].clone()})
+    latest = {"q": q[:, :, -above:].clone()} if above else {}
+    if latest or mapped.tails:
+        after = replace(after, tensors=after.tensors | latest | mapped.tails)
     past = state.length > 0
     mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., start:]
     bound = replace(mapped, q=q, k=keys, v=values, mask=mask, start=start, decoding=past)
@@ -202,7 +224,7 @@ def _advance_cache(
 def _advance_recurrent(
     m: Recurrent, c: Context, state: State, lse: bool
 ) -> tuple[Tensor, Tensor | None, State]:
-    c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), c.k.shape[2])
+    c = _mapped(m, c, state)
     carry = Carry(state.tensors["s"], state.tensors["z"], state.tensors["m"])
     if c.q.shape[2] == 1 and not lse:
         out, after = step(m, c, carry)
@@ -210,12 +232,15 @@ def _advance_recurrent(
     else:
         out, found, after = chunked(m, c, carry)
     out, found = finish(m, c, out.to(c.q.dtype), found)
-    return out, found, State({"s": after.s, "z": after.z, "m": after.m}, state.length + c.k.shape[2])
+    kept = {"s": after.s, "z": after.z, "m": after.m} | c.tails
+    return out, found, State(kept, state.length + c.k.shape[2])
 
 
 def _advance_scan(m: Pairwise, c: Context, state: State) -> tuple[Tensor, Tensor | None, State]:
     wide = torch.promote_types(c.q.dtype, torch.float32)
+    c = _mapped(m, c, state)
     s, v = logits_and_values(Program.bind(m, c), wide)
     out, lse = prefixes(s, v, (state.tensors["out"], state.tensors["lse"]))
-    after = State({"out": out[:, :, -1], "lse": lse[:, :, -1]}, state.length + c.k.shape[2])
+    kept = {"out": out[:, :, -1], "lse": lse[:, :, -1]} | c.tails
+    after = State(kept, state.length + c.k.shape[2])
     return *finish(m, c, out.to(c.q.dtype), lse), after
