@@ -3,6 +3,7 @@
 from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
+from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -41,6 +42,7 @@ __all__ = [
     "EncoderDecoder",
     "GINAdapter",
     "GINAttention",
+    "GatedConv",
     "GaussianGate",
     "LabelAttention",
     "LearnedPositions",
@@ -66,6 +68,7 @@ __all__ = [
     "SinusoidalPositions",
     "SkimAttention",
     "Skimformer",
+    "SpanConvAttention",
     "SpatialGate",
     "SuperAttention",
     "Transformer",

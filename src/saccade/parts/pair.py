@@ -147,10 +147,7 @@ def map_tokens(tokens: Sequence[TokenMap], c: Context, new_keys: int) -> Context
         for on in part.on:
             if part.past:
                 name, rows = tail_name(part, on), x[on]
-                before = c.tails.get(name)
-                before = (
-                    rows.new_zeros(*rows.shape[:2], part.past, rows.shape[3]) if before is None else before
-                )
+                before = c.tails.get(name, rows.new_zeros(*rows.shape[:2], part.past, rows.shape[3]))
                 x[on] = torch.cat((before.to(rows.dtype), rows), 2)
                 tails[name] = x[on][:, :, rows.shape[2] :]
             x[on] = part.map(x[on], c.i if on == "q" else keys, on, c)

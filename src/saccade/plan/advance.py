@@ -56,7 +56,7 @@ def init_state(
                 for c in m.children
             )
         )
-    sizes = {"q": (h, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, e)}
+    sizes: dict[On, tuple[int, int]] = {"q": (h, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, e)}
     tails = {
         tail_name(part, on): torch.zeros(
             batch, sizes[on][0], part.past, sizes[on][1], dtype=dtype, device=device
@@ -68,6 +68,8 @@ def init_state(
             batch, kv_heads, m.feature.size(head_dim), e, torch.empty(0, dtype=wide, device=device)
         )
         return State({"s": carry.s, "z": carry.z, "m": carry.m} | tails)
+    if isinstance(m, Mixer):
+        return State({n: _no_rows(batch, sizes[n], dtype, device) for n in m.keeps})
     assert isinstance(m, Pairwise)
     if m.heads is not None and m.heads.learned_query:
         return State(
@@ -78,8 +80,11 @@ def init_state(
             | tails
         )
     kept = {n: x for n, x in sizes.items() if n != "q" or m.halo[0]}
-    cache = {n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()}
-    return State(cache | tails)
+    return State({n: _no_rows(batch, x, dtype, device) for n, x in kept.items()} | tails)
+
+
+def _no_rows(batch: int, size: tuple[int, int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    return torch.empty(batch, size[0], 0, size[1], dtype=dtype, device=device)
 
 
 def _looking_back(m: Mechanism) -> list[tuple[TokenMap, On]]:
@@ -128,6 +133,8 @@ def advance(
         ]
         out, joint = combine(m, [(o, x) for o, x, _ in found])
         return out, joint, State({}, state.length + c.k.shape[2], 0, tuple(s for _, _, s in found))
+    if isinstance(m, Mixer):
+        return _advance_mixer(m, c, state, lse, kernel)
     assert isinstance(m, Pairwise | Recurrent)
     if isinstance(m, Pairwise) and not (m.heads is not None and m.heads.learned_query):
         return _advance_cache(m, c, state, lse, kernel)
@@ -178,11 +185,8 @@ def _unkept_streams(m: Pairwise, sizes: Sizes) -> list[str]:
 def _advance_cache(
     m: Pairwise, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
+    _check_queries(c)
     new = c.k.shape[2]
-    if c.q.shape[2] != new:
-        raise ValueError(
-            f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
-        )
     mapped = _mapped(m, c, state)
     unkept = _unkept_streams(m, c.sizes)
     if unkept:
@@ -197,15 +201,9 @@ def _advance_cache(
         )
     q = torch.cat((state.tensors["q"], mapped.q), 2) if above else mapped.q
     horizon = horizon + above + left if horizon is not None else None
-    grad = request(c, lse).grad
-    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=mapped.v)
-    if grad:
-        after = replace(after, room={})
+    after = _grown(state, request(c, lse).grad, k=mapped.k, v=mapped.v)
     keys, values = after.tensors["k"], after.tensors["v"]
-    if horizon is not None and keys.shape[2] >= 2 * max(horizon, 8):
-        drop = keys.shape[2] - (horizon - 1)
-        kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
-        after = State(kept, after.length, start + drop)
+    after = _trimmed(after, horizon)
     latest = {"q": q[:, :, -above:].clone()} if above else {}
     if latest or mapped.tails:
         after = replace(after, tensors=after.tensors | latest | mapped.tails)
@@ -219,6 +217,41 @@ def _advance_cache(
     if not first:
         return out, found, after
     return out[:, :, first:], None if found is None else found[:, :, first:], after
+
+
+def _check_queries(c: Context) -> None:
+    if c.q.shape[2] != c.k.shape[2]:
+        raise ValueError(
+            f"with a state every new token brings its query: got {c.q.shape[2]} queries and {c.k.shape[2]} keys"
+        )
+
+
+def _grown(state: State, grad: bool, **new: Tensor) -> State:
+    """The state with new rows; with gradients nothing is written in place."""
+    after = (replace(state, room={}) if grad else state).appended(**new)
+    return replace(after, room={}) if grad else after
+
+
+def _trimmed(state: State, horizon: int | None) -> State:
+    """The state without rows that no later query reads, once they are half of it."""
+    rows = next(iter(state.tensors.values())).shape[2]
+    if horizon is None or rows < 2 * max(horizon, 8):
+        return state
+    drop = rows - (horizon - 1)
+    kept = {n: x[:, :, drop:].clone() for n, x in state.tensors.items()}
+    return State(kept, state.length, state.start + drop)
+
+
+def _advance_mixer(
+    m: Mixer, c: Context, state: State, lse: bool, kernel: str | None
+) -> tuple[Tensor, Tensor | None, State]:
+    _check_queries(c)
+    after = _grown(state, request(c, lse).grad, **{n: getattr(c, n) for n in m.keeps})
+    k, v = (after.tensors.get(n, getattr(c, n)) for n in ("k", "v"))
+    bound = replace(c, k=k, v=v, offset=state.length, start=state.start, decoding=state.length > 0)
+    empty = empty_answer(m, bound, lse)
+    out, found = empty if empty is not None else make(m, request(bound, lse), kernel).run(bound)
+    return out, found, _trimmed(after, m.horizon)
 
 
 def _advance_recurrent(
