@@ -12,6 +12,7 @@ from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scal
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
+from saccade.nn.multi_source import MultiSourceAttention
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pointer import PointerNetwork
@@ -51,6 +52,7 @@ __all__ = [
     "MVPFormer",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
+    "MultiSourceAttention",
     "PPFAttention",
     "PathAttention",
     "PathState",

@@ -66,7 +66,8 @@ class MaskedMixer(Mixer):
 
     def define(self, c: Context) -> Tensor:
         self._check(c.v.shape[2])
-        repeat, w = c.q.shape[1] // c.v.shape[1], c.params["mixing"]
+        repeat, n = c.q.shape[1] // c.v.shape[1], c.v.shape[2]
+        w = c.params["mixing"][:, :n, :n]
         samples = []
         for b, end in enumerate(c.key_ends.expand(c.q.shape[0]).tolist()):
             v = c.v[b].repeat_interleave(repeat, 0)[:, :end]
