@@ -155,6 +155,13 @@ SYSTEMS = [
     "causal + rela",
     "nap",
     "causal + nap",
+    "kv_shifting",
+    "dynamic_conv",
+    "dynamic_conv(4, causal=true)",
+    "dynamic_conv(5, taps=static, causal=true)",
+    "by_head(causal, dynamic_conv(5, causal=true))",
+    "masked_mixer(1024)",
+    "gqa(2) + kv_shifting + rope",
 ]
 
 

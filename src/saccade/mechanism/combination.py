@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from saccade.errors import MechanismError, NotSupported
+from saccade.errors import MechanismError
 from saccade.mechanism.base import Mechanism
 from saccade.mechanism.values import Mixer, Pairwise, Recurrent
 from saccade.parts.algebra import static_exist
-from saccade.parts.base import Part, register, value_text
+from saccade.parts.base import Part, Sizes, Stream, Weight, register, value_text
+from saccade.parts.heads import NONE
 from saccade.parts.mask import Causal
 from saccade.parts.tokens import On
 
@@ -45,6 +46,18 @@ class Combine(Mechanism):
     def causal(self) -> bool:
         return all(c.causal for c in self.children)
 
+    def weights(self, sizes: Sizes) -> dict[str, Weight]:
+        return {name: w for c in self.children for name, w in c.weights(sizes).items()}
+
+    def streams(self, sizes: Sizes) -> dict[str, Stream]:
+        return {name: s for c in self.children for name, s in c.streams(sizes).items()}
+
+    def buffers(self, sizes: Sizes, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        return {name: b for c in self.children for name, b in c.buffers(sizes, generator).items()}
+
+    def buffer_names(self) -> dict[str, None]:
+        return {name: None for c in self.children for name in c.buffer_names()}
+
     def kv_heads(self, heads: int) -> int:
         counts = {c.kv_heads(heads) for c in self.children}
         if len(counts) > 1:
@@ -59,6 +72,8 @@ class Combine(Mechanism):
 
     def source(self, on: On) -> str:
         names = {c.source(on) for c in self.children}
+        if len(names) > 1:
+            names -= {NONE}
         if len(names) > 1:
             raise MechanismError(
                 f"{self.word}: its members take {on} from different sources, {sorted(names)}"
@@ -180,9 +195,7 @@ def causal(mechanism: Mechanism) -> Mechanism:
     if isinstance(m, Combine):
         return dataclasses.replace(m, children=tuple(causal(c) for c in m.children))
     if isinstance(m, Mixer):
-        raise NotSupported(
-            f"{m} mixes all positions and has no causal form; its causal relative: {m.relative}"
-        )
+        return m.causal_form()
     assert isinstance(m, Pairwise | Recurrent)
     text = f"causal + {m}" if m.text and m.text != "full" else ""
     return dataclasses.replace(m, pairs=Causal() & m.pairs).named(text)

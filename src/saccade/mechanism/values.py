@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from saccade.cost import Cost, Request
-from saccade.errors import MechanismError
+from saccade.errors import MechanismError, NotSupported
 from saccade.mechanism.base import Mechanism, check_parts
 from saccade.parts.algebra import And, Full, Or, Pairs, is_static, split
-from saccade.parts.base import Causality, Part, call_text
+from saccade.parts.base import Causality, Part, call_text, check_argument
 from saccade.parts.decay import Decay
 from saccade.parts.feature import Feature, Identity
 from saccade.parts.heads import INPUT, Heads
@@ -262,12 +263,20 @@ class Mixer(Mechanism):
     """A map of whole q, k and v that is no sum of values over weighted pairs, such as a product of softmaxes.
 
     A mixer is its own part: it declares weights, streams and buffers itself, `mix` computes it and `define` is its
-    plain definition. It is whole by itself in the text form.
+    plain definition. It is whole by itself in the text form. A causal one decodes: its state keeps the latest rows of
+    what it `keeps`, and `mix` gets them with the new ones, key row r at position r + start and query row r at r + offset.
     """
 
     family = "mixer"
     name: ClassVar[str] = ""
     relative: ClassVar[str] = ""
+    keeps: ClassVar[tuple[On, ...]] = ("k", "v")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            if f.init:
+                check_argument(self.name, f.name, getattr(self, f.name), hints[f.name], f.metadata)
 
     def parts(self) -> Iterator[Part]:
         return iter(())
@@ -279,6 +288,17 @@ class Mixer(Mechanism):
     @property
     def causality(self) -> Causality:
         return "never"
+
+    @property
+    def horizon(self) -> int | None:
+        """How many of the latest keys a query reads at most, its own included; None where there is no bound."""
+        return None
+
+    def causal_form(self) -> Mixer:
+        """The same without the future. Raises NotSupported, naming a relative, where there is none."""
+        raise NotSupported(
+            f"{self} mixes all positions and has no causal form; its causal relative: {self.relative}"
+        )
 
     def mix(self, c: Any) -> torch.Tensor:
         """The output (b, h, L, e) of a context, in float32 or wider."""

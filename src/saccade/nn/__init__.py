@@ -4,6 +4,7 @@ from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
+from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.diffusion import MaskedDiffusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
@@ -14,6 +15,7 @@ from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mosa import MoSA, MoSAState
+from saccade.nn.multi_source import MultiSourceAttention
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pointer import PointerNetwork
@@ -45,6 +47,7 @@ __all__ = [
     "EncoderDecoder",
     "GINAdapter",
     "GINAttention",
+    "GatedConv",
     "GaussianGate",
     "GeometryBias",
     "LabelAttention",
@@ -57,6 +60,7 @@ __all__ = [
     "MoSAState",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
+    "MultiSourceAttention",
     "PPFAttention",
     "PathAttention",
     "PathState",
@@ -75,6 +79,7 @@ __all__ = [
     "SinusoidalPositions",
     "SkimAttention",
     "Skimformer",
+    "SpanConvAttention",
     "SpatialGate",
     "SuperAttention",
     "SuperlinearAttention",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saccade.mechanism import Mechanism, Pairwise
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes, Stream
-from saccade.parts.heads import INPUT, LEARNED, SLICE
+from saccade.parts.heads import INPUT, LEARNED, NONE, SLICE
 from saccade.parts.pair import Context, map_tokens
 from saccade.parts.state import State
 from saccade.parts.tokens import On
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         self.sizes = Sizes(heads, self.mechanism.kv_heads(heads), width, value_dim or width)
         s = self.sizes
         self.source_names: dict[On, str] = {on: self.mechanism.source(on) for on in ("q", "k", "v")}
-        named = set(self.source_names.values()) - {INPUT, SLICE, LEARNED}
+        named = set(self.source_names.values()) - {INPUT, SLICE, LEARNED, NONE}
         if set(source_dims or {}) - named:
             raise ValueError(
                 f"source_dims names {', '.join(sorted(source_dims or {}))}; {self.mechanism} has the sources "
@@ -92,10 +92,11 @@ class Attention(nn.Module):
                 raise ValueError(
                     f"{on} is a slice of {width} features, which {heads} heads of {size} do not cover"
                 )
-            made_elsewhere = source in (SLICE, LEARNED) or (borrows and on != "q")
+            made_elsewhere = source in (SLICE, LEARNED, NONE) or (borrows and on != "q")
             return None if made_elsewhere else nn.Linear(width, heads * size, bias=bias)
 
-        own = widths | dict.fromkeys((INPUT, SLICE, LEARNED), dim)
+        own = widths | dict.fromkeys((INPUT, SLICE, LEARNED, NONE), dim)
+        widths |= {NONE: dim}
         self.borrows = borrows
         self.query_heads = self.mechanism.query_heads(heads)
         self.query_proj = linear("q", self.query_heads, s.head_dim, own[self.source_names["q"]])
@@ -133,6 +134,8 @@ class Attention(nn.Module):
             query = self.get_parameter("query")
             rows = query[:, None] if query.dim() == 2 else query
             return rows[None].expand(x.shape[0], -1, -1, -1).to(k.dtype), k, v
+        if self.source_names["q"] == NONE:
+            return v.repeat_interleave(s.heads // s.kv_heads, 1), k, v
         q = self._heads("q", self.query_proj, x, x.shape[0], self.query_heads, sources or {})
         return q if self.query_heads == s.heads else q.repeat_interleave(s.heads // self.query_heads, 1), k, v
 
@@ -149,10 +152,10 @@ class Attention(nn.Module):
                 "this layer borrows its keys and values: call it with kv=owner.keys_values(...) of the layer that has them"
             )
         own, count = x if context is None else context, self.sizes.kv_heads
-        return (
-            self._heads("k", self.key_proj, own, x.shape[0], count, sources),
-            self._heads("v", self.value_proj, own, x.shape[0], count, sources),
-        )
+        v = self._heads("v", self.value_proj, own, x.shape[0], count, sources)
+        if self.source_names["k"] == NONE:
+            return v, v
+        return self._heads("k", self.key_proj, own, x.shape[0], count, sources), v
 
     def _heads(
         self, on: On, net: nn.Linear | None, own: Tensor, batch: int, count: int, sources: dict[str, Tensor]
@@ -168,7 +171,7 @@ class Attention(nn.Module):
 
     def _check_sources(self, given: dict[str, Tensor], sides: tuple[On, ...]) -> None:
         wanted = dict.fromkeys(
-            name for on in sides if (name := self.source_names[on]) not in (INPUT, SLICE, LEARNED)
+            name for on in sides if (name := self.source_names[on]) not in (INPUT, SLICE, LEARNED, NONE)
         )
         if given.keys() != wanted.keys():
             raise ValueError(

@@ -54,10 +54,13 @@ def nearest(name: str) -> str:
 
 @dataclass(frozen=True)
 class Weight:
-    """A learned tensor that a part declares: its shape and how it starts."""
+    """A learned tensor that a part declares: its shape and how it starts.
+
+    `split` draws pairs (..., 2) that sum to one, the first uniform in 0..1.
+    """
 
     shape: tuple[int, ...]
-    init: Literal["normal", "zeros", "ones", "eye"] = "normal"
+    init: Literal["normal", "zeros", "ones", "eye", "split"] = "normal"
     std: float = 0.02
 
     def make(self, generator: torch.Generator | None = None) -> Tensor:
@@ -66,6 +69,9 @@ class Weight:
             return torch.eye(self.shape[-2], self.shape[-1]).expand(self.shape).clone()
         if self.init == "normal":
             return torch.randn(self.shape, generator=generator) * self.std
+        if self.init == "split":
+            first = torch.rand(self.shape[:-1], generator=generator)
+            return torch.stack((first, 1 - first), -1)
         return torch.full(self.shape, float(self.init == "ones"))
 
 

@@ -9,7 +9,7 @@ from saccade.errors import MechanismError
 from saccade.parts.base import Part, Sizes, Weight, arg
 from saccade.parts.tokens import On
 
-INPUT, SLICE, LEARNED = "input", "slice", "learned"
+INPUT, SLICE, LEARNED, NONE = "input", "slice", "learned", "none"
 
 
 class Heads(Part):
@@ -30,7 +30,8 @@ class Heads(Part):
         """What q, k or v is made from: `input`, `slice`, `learned`, or the name of a tensor that the call brings.
 
         `input` is the layer's input, or for k and v its context; `slice` the same without a projection, so that head h
-        takes its own share of the features; `learned` the weight `query`, (H, D) or (H, rows, D).
+        takes its own share of the features; `learned` the weight `query`, (H, D) or (H, rows, D). Where the source is
+        `none`, nothing reads the tensor: the layer makes none and passes the values.
         """
         return INPUT
 

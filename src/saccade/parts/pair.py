@@ -17,7 +17,7 @@ from saccade.parts.mask import And, Full, Mask, Or, Pairs, Span, cover
 from saccade.parts.score import grouped_matmul
 from saccade.parts.select import Select
 from saccade.parts.selection import Sampled, Selection
-from saccade.parts.tokens import TokenMap
+from saccade.parts.tokens import On, TokenMap
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Context:
 
     Query row r stands at position r + offset; `ends` (b,) are the key counts of a ragged batch, or None. In a ragged
     batch with as many queries as keys the padding is shared and row r stands at r; otherwise the L queries are the
-    last L of each sample's keys, and `offset` is None.
+    last L of each sample's keys, and `offset` is None. `tails` are the rows before the call's first that token maps look
+    back to, (b, heads, past, d) by map and side.
     """
 
     q: Tensor
@@ -42,6 +43,7 @@ class Context:
     selection: Selection | None = None
     decoding: bool = False
     looks_back: bool = False
+    tails: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
@@ -130,19 +132,34 @@ def pick(x: Tensor, index: Sequence[int], dim: int) -> Tensor:
 
 
 def map_tokens(tokens: Sequence[TokenMap], c: Context, new_keys: int) -> Context:
-    """Apply the token maps to q and to the last `new_keys` keys and values; earlier ones of a cache are mapped already."""
+    """Apply the token maps to q and to the last `new_keys` keys and values; earlier ones of a cache are mapped already.
+
+    The result's `tails` are those that a later call goes on from.
+    """
     if not tokens:
         return c
+    if any(part.past for part in tokens):
+        c = without_padding(c)  # a learned tap times NaN has no gradient
     first = c.k.shape[2] - new_keys
-    q, k, v = c.q, c.k[:, :, first:], c.v[:, :, first:]
-    positions = c.j[:, first:]
+    x: dict[On, Tensor] = {"q": c.q, "k": c.k[:, :, first:], "v": c.v[:, :, first:]}
+    keys, tails = c.j[:, first:], {}
     for part in tokens:
-        q = part.map(q, c.i, "q", c) if "q" in part.on else q
-        k = part.map(k, positions, "k", c) if "k" in part.on else k
-        v = part.map(v, positions, "v", c) if "v" in part.on else v
+        for on in part.on:
+            if part.past:
+                name, rows = tail_name(part, on), x[on]
+                before = c.tails.get(name, rows.new_zeros(*rows.shape[:2], part.past, rows.shape[3]))
+                x[on] = torch.cat((before.to(rows.dtype), rows), 2)
+                tails[name] = x[on][:, :, rows.shape[2] :]
+            x[on] = part.map(x[on], c.i if on == "q" else keys, on, c)
+    k, v = x["k"], x["v"]
     if first:
         k, v = torch.cat((c.k[:, :, :first], k), dim=2), torch.cat((c.v[:, :, :first], v), dim=2)
-    return replace(c, q=q, k=k, v=v)
+    return replace(c, q=x["q"], k=k, v=v, tails=tails)
+
+
+def tail_name(part: TokenMap, on: On) -> str:
+    """What a state calls the rows that a token map looks back to."""
+    return f"{part.name}_{on}"
 
 
 def without_padding(c: Context) -> Context:

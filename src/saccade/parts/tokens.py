@@ -19,15 +19,21 @@ On = Literal["q", "k", "v"]
 
 
 class TokenMap(Part):
-    """A map on the head vectors named in `on` that looks at one token and its position."""
+    """A map on the head vectors named in `on` that looks at one token and its position, and at `past` tokens before it."""
 
     kind = "tokens"
     on: ClassVar[tuple[On, ...]] = ("q", "k")
 
-    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
-        """x (B, heads, n, d), one of q, k and v, and ascending positions (B or 1, n) to (B, heads, n, d).
+    @property
+    def past(self) -> int:
+        """How many tokens before its own an output depends on; a state keeps so many rows."""
+        return 0
 
-        `c` holds the call's params, and its streams for these tokens.
+    def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
+        """x (B, heads, past + n, d), one of q, k and v, and ascending positions (B or 1, n) to (B, heads, n, d).
+
+        The first `past` rows stand before the first position, zeros where there is no token. `c` holds the call's params,
+        and its streams for these tokens.
         """
         raise NotImplementedError
 

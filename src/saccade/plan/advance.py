@@ -15,9 +15,9 @@ from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
-from saccade.parts.pair import Context, Program, map_tokens
+from saccade.parts.pair import Context, Program, map_tokens, tail_name
 from saccade.parts.state import State
-from saccade.parts.tokens import TokenMap
+from saccade.parts.tokens import On, TokenMap
 from saccade.plan.choose import combine, finish, make
 from saccade.plan.lives import advance_lives, init_lives, window_of
 from saccade.plan.place import empty_answer, request, zeros
@@ -57,11 +57,20 @@ def init_state(
                 for c in m.children
             )
         )
+    sizes: dict[On, tuple[int, int]] = {"q": (h, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, e)}
+    tails = {
+        tail_name(part, on): torch.zeros(
+            batch, sizes[on][0], part.past, sizes[on][1], dtype=dtype, device=device
+        )
+        for part, on in _looking_back(m)
+    }
     if isinstance(m, Recurrent):
         carry = Carry.empty(
             batch, kv_heads, m.feature.size(head_dim), e, torch.empty(0, dtype=wide, device=device)
         )
-        return State({"s": carry.s, "z": carry.z, "m": carry.m})
+        return State({"s": carry.s, "z": carry.z, "m": carry.m} | tails)
+    if isinstance(m, Mixer):
+        return State({n: _no_rows(batch, sizes[n], dtype, device) for n in m.keeps})
     assert isinstance(m, Pairwise)
     if m.heads is not None and m.heads.learned_query:
         return State(
@@ -69,10 +78,27 @@ def init_state(
                 "out": torch.zeros(batch, h, e, dtype=wide, device=device),
                 "lse": torch.full((batch, h), -torch.inf, dtype=wide, device=device),
             }
+            | tails
         )
-    kept = {"k": (kv_heads, head_dim), "v": (kv_heads, e)} | ({"q": (h, head_dim)} if m.halo[0] else {})
-    state = State({n: torch.empty(batch, g, 0, d, dtype=dtype, device=device) for n, (g, d) in kept.items()})
+    kept = {n: x for n, x in sizes.items() if n != "q" or m.halo[0]}
+    state = State({n: _no_rows(batch, x, dtype, device) for n, x in kept.items()} | tails)
     return state if window_of(m) is None else init_lives(m, state, h)
+
+
+def _no_rows(batch: int, size: tuple[int, int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    return torch.empty(batch, size[0], 0, size[1], dtype=dtype, device=device)
+
+
+def _looking_back(m: Mechanism) -> list[tuple[TokenMap, On]]:
+    """The token maps that look at tokens before their own, and on what; a state keeps those rows."""
+    return [(p, on) for p in m.parts() if isinstance(p, TokenMap) and p.past for on in p.on]
+
+
+def _mapped(m: Pairwise | Recurrent, c: Context, state: State) -> Context:
+    """New tokens after the token maps, which look back into the state."""
+    tails = {n: state.tensors[n] for n in (tail_name(part, on) for part, on in _looking_back(m))}
+    c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length, tails=tails), c.k.shape[2])
+    return replace(c, tails={n: x.clone() for n, x in c.tails.items()})
 
 
 def _relative(m: Mechanism) -> str:
@@ -109,6 +135,8 @@ def advance(
         ]
         out, joint = combine(m, [(o, x) for o, x, _ in found])
         return out, joint, State({}, state.length + c.k.shape[2], 0, tuple(s for _, _, s in found))
+    if isinstance(m, Mixer):
+        return _advance_mixer(m, c, state, lse, kernel)
     assert isinstance(m, Pairwise | Recurrent)
     if isinstance(m, Pairwise) and window_of(m) is not None:
         return advance_lives(m, c, state, lse, kernel)
@@ -161,12 +189,9 @@ def _unkept_streams(m: Pairwise, sizes: Sizes) -> list[str]:
 def _advance_cache(
     m: Pairwise, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
+    _check_queries(c)
     new = c.k.shape[2]
-    if c.q.shape[2] != new:
-        raise ValueError(
-            f"with a state every new token brings its query: got {c.q.shape[2]} queries and {new} keys"
-        )
-    mapped = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), new)
+    mapped = _mapped(m, c, state)
     unkept = _unkept_streams(m, c.sizes)
     if unkept:
         raise NotSupported(
@@ -180,17 +205,12 @@ def _advance_cache(
         )
     q = torch.cat((state.tensors["q"], mapped.q), 2) if above else mapped.q
     horizon = horizon + above + left if horizon is not None else None
-    grad = request(c, lse).grad
-    after = (replace(state, room={}) if grad else state).appended(k=mapped.k, v=mapped.v)
-    if grad:
-        after = replace(after, room={})
+    after = _grown(state, request(c, lse).grad, k=mapped.k, v=mapped.v)
     keys, values = after.tensors["k"], after.tensors["v"]
-    if horizon is not None and keys.shape[2] >= 2 * max(horizon, 8):
-        drop = keys.shape[2] - (horizon - 1)
-        kept = {n: x[:, :, drop:].clone() for n, x in after.tensors.items()}
-        after = State(kept, after.length, start + drop)
-    if above:
-        after = replace(after, tensors=after.tensors | {"q": q[:, :, -above:].clone()})
+    after = _trimmed(after, horizon)
+    latest = {"q": q[:, :, -above:].clone()} if above else {}
+    if latest or mapped.tails:
+        after = replace(after, tensors=after.tensors | latest | mapped.tails)
     past = state.length > 0
     mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., start:]
     bound = replace(mapped, q=q, k=keys, v=values, mask=mask, start=start, decoding=past)
@@ -203,10 +223,45 @@ def _advance_cache(
     return out[:, :, first:], None if found is None else found[:, :, first:], after
 
 
+def _check_queries(c: Context) -> None:
+    if c.q.shape[2] != c.k.shape[2]:
+        raise ValueError(
+            f"with a state every new token brings its query: got {c.q.shape[2]} queries and {c.k.shape[2]} keys"
+        )
+
+
+def _grown(state: State, grad: bool, **new: Tensor) -> State:
+    """The state with new rows; with gradients nothing is written in place."""
+    after = (replace(state, room={}) if grad else state).appended(**new)
+    return replace(after, room={}) if grad else after
+
+
+def _trimmed(state: State, horizon: int | None) -> State:
+    """The state without rows that no later query reads, once they are half of it."""
+    rows = next(iter(state.tensors.values())).shape[2]
+    if horizon is None or rows < 2 * max(horizon, 8):
+        return state
+    drop = rows - (horizon - 1)
+    kept = {n: x[:, :, drop:].clone() for n, x in state.tensors.items()}
+    return State(kept, state.length, state.start + drop)
+
+
+def _advance_mixer(
+    m: Mixer, c: Context, state: State, lse: bool, kernel: str | None
+) -> tuple[Tensor, Tensor | None, State]:
+    _check_queries(c)
+    after = _grown(state, request(c, lse).grad, **{n: getattr(c, n) for n in m.keeps})
+    k, v = (after.tensors.get(n, getattr(c, n)) for n in ("k", "v"))
+    bound = replace(c, k=k, v=v, offset=state.length, start=state.start, decoding=state.length > 0)
+    empty = empty_answer(m, bound, lse)
+    out, found = empty if empty is not None else make(m, request(bound, lse), kernel).run(bound)
+    return out, found, _trimmed(after, m.horizon)
+
+
 def _advance_recurrent(
     m: Recurrent, c: Context, state: State, lse: bool
 ) -> tuple[Tensor, Tensor | None, State]:
-    c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length), c.k.shape[2])
+    c = _mapped(m, c, state)
     carry = Carry(state.tensors["s"], state.tensors["z"], state.tensors["m"])
     if c.q.shape[2] == 1 and not lse:
         out, after = step(m, c, carry)
@@ -214,12 +269,15 @@ def _advance_recurrent(
     else:
         out, found, after = chunked(m, c, carry)
     out, found = finish(m, c, out.to(c.q.dtype), found)
-    return out, found, State({"s": after.s, "z": after.z, "m": after.m}, state.length + c.k.shape[2])
+    kept = {"s": after.s, "z": after.z, "m": after.m} | c.tails
+    return out, found, State(kept, state.length + c.k.shape[2])
 
 
 def _advance_scan(m: Pairwise, c: Context, state: State) -> tuple[Tensor, Tensor | None, State]:
     wide = torch.promote_types(c.q.dtype, torch.float32)
+    c = _mapped(m, c, state)
     s, v = logits_and_values(Program.bind(m, c), wide)
     out, lse = prefixes(s, v, (state.tensors["out"], state.tensors["lse"]))
-    after = State({"out": out[:, :, -1], "lse": lse[:, :, -1]}, state.length + c.k.shape[2])
+    kept = {"out": out[:, :, -1], "lse": lse[:, :, -1]} | c.tails
+    after = State(kept, state.length + c.k.shape[2])
     return *finish(m, c, out.to(c.q.dtype), lse), after

@@ -243,7 +243,7 @@ class Plan:
 
 def _causal_note(m: Mechanism) -> str:
     kind = m.causality
-    if isinstance(m, Mixer):
+    if isinstance(m, Mixer) and kind == "never":
         return f", and it has no causal form (relative: {m.relative})"
     if kind == "leak" and m.causal:
         return ", but the choice of pairs reads the future in training; decoding uses another form"

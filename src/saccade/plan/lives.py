@@ -38,11 +38,13 @@ def init_lives(m: Pairwise, state: State, heads: int) -> State:
         soft
         or m.logits
         or m.value
+        or any(p.past for p in m.tokens)
         or m.pairs not in (Causal(), Lifetime(window), Causal() & Lifetime(window))
     ):
         raise NotSupported(
             f"{m}: a state that drops tokens knows neither where the others stood nor the odds that they live; it runs "
-            "`causal + lifetime(...)` or `causal + lifetime_softmax(...)` without logits and values of pairs"
+            "`causal + lifetime(...)` or `causal + lifetime_softmax(...)` without logits, values of pairs and "
+            "token maps that look back"
         )
     k = state.tensors["k"]
     last = torch.empty(k.shape[0], heads, 0, dtype=torch.int32, device=k.device)

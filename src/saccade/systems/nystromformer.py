@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saccade.cost import Cost, Request
 from saccade.mechanism import Mixer, system
-from saccade.parts.base import Sizes, Weight, arg, check_argument
+from saccade.parts.base import Sizes, Weight, arg
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context
 
@@ -48,11 +48,6 @@ class Nystrom(Mixer):
 
     name = "nystromformer"
     relative = "performer_favor or moba"
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.init:
-                check_argument(self.name, f.name, getattr(self, f.name), int, f.metadata)
 
     __hash__ = Mixer.__hash__
 
