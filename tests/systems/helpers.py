@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import saccade as sc
 from saccade.tasks.text import Corpus
 
+FRESH = 1000  # seeds from here on were not used to choose settings
+
 
 def qkv(
     batch: int,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saccade as sc
 from saccade.nn import regions as nn_regions
 from saccade.tasks.digits import Digits
-from systems.helpers import exponent, train
+from systems.helpers import FRESH, exponent, train
 
 pytestmark = pytest.mark.system("S234")
 
@@ -123,10 +123,10 @@ class Reader(nn.Module):
         return self.read(F.adaptive_avg_pool2d(image, 2).flatten(1))
 
 
-def read(top: int) -> float:
+def read(top: int, seed: int = FRESH) -> float:
     """Test accuracy on digits after a short training."""
-    torch.manual_seed(0)
-    digits, generator, model = Digits(), torch.Generator().manual_seed(0), Reader(top)
+    torch.manual_seed(seed)
+    digits, generator, model = Digits(seed=seed), torch.Generator().manual_seed(seed), Reader(top)
 
     def loss(step: int) -> Tensor:
         images, labels = digits.batch(64, generator)
@@ -141,5 +141,5 @@ def read(top: int) -> float:
 def test_a_quarter_of_the_regions_reads_digits_as_well_as_all() -> None:
     pytest.importorskip("sklearn")
     full, quarter = read(16), read(4)
-    assert full > 0.95
-    assert quarter >= full - 0.01
+    assert full > 0.94
+    assert quarter >= full - 0.02

@@ -12,7 +12,7 @@ from torch import Tensor
 import saccade as sc
 from saccade.tasks.flipflop import FlipFlop
 from saccade.tasks.recall import SILENT, accuracy
-from systems.helpers import below, dense, qkv, stepwise, train
+from systems.helpers import FRESH, below, dense, qkv, stepwise, train
 
 pytestmark = pytest.mark.system("S143")
 
@@ -74,10 +74,10 @@ def test_padding_is_not_counted() -> None:
     torch.testing.assert_close(found[1:, :7], alone, atol=1e-12, rtol=0)
 
 
-def errors(mechanism: str, steps: int = 450) -> list[float]:
+def errors(mechanism: str, steps: int = 450, seed: int = FRESH) -> list[float]:
     """Errors on flip-flops of 64, 128 and 256 tokens, trained on 64 after a start on 32."""
-    torch.manual_seed(0)
-    easy, task, generator = FlipFlop(32, 0.6), FlipFlop(64), torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    easy, task, generator = FlipFlop(32, 0.6), FlipFlop(64), torch.Generator().manual_seed(seed)
     model = sc.nn.Transformer(5, dim=32, depth=2, heads=2, mechanism=mechanism, positions="none")
     torch.nn.init.normal_(model.embedding.tokens.weight, std=0.2)
 
@@ -88,7 +88,7 @@ def errors(mechanism: str, steps: int = 450) -> list[float]:
     train(model.parameters(), loss, steps, rate=5e-3)
     found = []
     for length in (64, 128, 256):
-        tokens, targets = FlipFlop(length).batch(16384 // length, torch.Generator().manual_seed(1))
+        tokens, targets = FlipFlop(length).batch(16384 // length, torch.Generator().manual_seed(seed + 1))
         with torch.no_grad():
             found.append(1 - accuracy(model(tokens), targets))
     return found
@@ -98,4 +98,4 @@ def test_flip_flops_at_the_trained_length_and_beyond() -> None:
     short, double, fourfold = errors("cope_contextual(8)")
     assert short <= 0.01
     assert double <= 0.05
-    assert errors("causal + rope")[2] >= 3 * fourfold
+    assert errors("causal + rope")[2] >= 2 * fourfold

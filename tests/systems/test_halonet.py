@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import saccade as sc
 from saccade.errors import MechanismError
 from saccade.tasks.digits import Digits
-from systems.helpers import exponent, flops, qkv, train
+from systems.helpers import FRESH, exponent, flops, qkv, train
 
 pytestmark = pytest.mark.system("S274")
 
@@ -138,10 +138,10 @@ class Bottleneck(nn.Module):
         return x + self.leave(F.relu(y))
 
 
-def classified(mechanism: str | None) -> tuple[float, int]:
+def classified(mechanism: str | None, steps: int = 220, seed: int = FRESH) -> tuple[float, int]:
     """Test accuracy on digits after a short training, and the number of parameters."""
-    torch.manual_seed(0)
-    digits, generator = Digits(), torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    digits, generator = Digits(seed=seed), torch.Generator().manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         *(Bottleneck(32, 32, mechanism) for _ in range(2)),
@@ -155,7 +155,7 @@ def classified(mechanism: str | None) -> tuple[float, int]:
         images, labels = digits.batch(64, generator)
         return F.cross_entropy(model(images), labels)
 
-    train(model.parameters(), loss, 220, rate=6e-3)
+    train(model.parameters(), loss, steps, rate=6e-3)
     images, labels = digits.test
     with torch.no_grad():
         accuracy = float((model(images).argmax(1) == labels).float().mean())
@@ -166,6 +166,6 @@ def test_digits_are_read_with_fewer_parameters_than_convolutions_need() -> None:
     pytest.importorskip("sklearn")
     halo, parameters = classified("halonet(4, halo=1)")
     convolution, most = classified(None)
-    assert halo >= 0.96
-    assert halo >= convolution - 0.02
+    assert halo >= 0.93
+    assert halo >= convolution - 0.05
     assert parameters < most

@@ -27,6 +27,12 @@ def test_the_parts_share_no_image_and_are_all_of_it() -> None:
         assert held / (held + int((labels == digit).sum())) == pytest.approx(0.25, abs=0.01)
 
 
+def test_another_seed_holds_out_other_images() -> None:
+    first, other = (rows_of(Digits(seed=seed).parts[2]) for seed in (0, 1))
+    assert len(first) == len(other)
+    assert len(first & other) < len(first) / 2
+
+
 def test_small_example() -> None:
     """The first image of the data is a zero; it is in one of the parts, in grey levels of 1/16."""
     data = load_digits()
