@@ -1,0 +1,155 @@
+"""Which blocks of pairs an expression surely leaves empty or surely fills, for all blocks at once on any device.
+
+Legend: rows [i0, i1) against keys [j0, j1), tensors that broadcast to one number a block of pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.parts.mask import (
+    And,
+    Causal,
+    Chunk,
+    Full,
+    Global,
+    Mask,
+    Neighborhood,
+    Or,
+    Pairs,
+    Sink,
+    Window,
+    static_exist,
+)
+from saccade.parts.pattern import Document, LocalBlocks, Prefix
+
+Two = tuple[Tensor, Tensor]
+PAIRS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Blocks of pairs: i0 and i1 (b or 1, N, 1), j0 and j1 (1, 1, M); all positions lie in [low, high)."""
+
+    i0: Tensor
+    i1: Tensor
+    j0: Tensor
+    j1: Tensor
+    low: int
+    high: int
+
+
+def extent(pairs: Pairs, g: Grid) -> Two:
+    """(some, every): False in `some` means surely no pair of the block, True in `every` surely all of them."""
+    if isinstance(pairs, Full):
+        yes = torch.ones(1, 1, 1, dtype=torch.bool, device=g.i0.device)
+        return yes, yes
+    if pairs.shift_invariant and isinstance(pairs, Mask | And | Or):
+        return _by_gap(pairs, g)
+    if isinstance(pairs, And | Or):
+        each = [extent(p, g) for p in pairs.parts]
+        join = torch.logical_and if isinstance(pairs, And) else torch.logical_or
+        return functools.reduce(join, (s for s, _ in each)), functools.reduce(join, (e for _, e in each))
+    assert isinstance(pairs, Mask)
+    if isinstance(pairs, Chunk | Document):
+        return _overlap(labels(pairs, g.i0), labels(pairs, g.i1 - 1), labels(pairs, g.j0), labels(pairs, g.j1 - 1))
+    if isinstance(pairs, LocalBlocks):
+        near = g.i0 // pairs.block - (g.j1 - 1) // pairs.block
+        far = (g.i1 - 1) // pairs.block - g.j0 // pairs.block
+        return (far >= 0) & (near < pairs.last), (near >= 0) & (far < pairs.last)
+    if isinstance(pairs, Global):
+        n = pairs.tokens
+        return (g.j0 < n) | (g.i0 < n), (g.j1 <= n) | (g.i1 <= n)
+    if isinstance(pairs, Prefix):
+        n = pairs.tokens
+        return (g.j0 < g.i1) | (g.j0 < n), (g.j1 <= g.i0 + 1) | (g.j1 <= n)
+    if pairs.uniform(0, max(1, g.high)):
+        keys = torch.arange(g.low, g.high, device=g.i0.device)
+        return _counted(static_exist(pairs, torch.zeros_like(keys), keys), g.j0 - g.low, g.j1 - g.low)
+    return _evaluated(pairs, g)
+
+
+def labels(pairs: Chunk | Document, x: Tensor) -> Tensor:
+    """The number of the run that a position stands in; it never falls."""
+    if isinstance(pairs, Chunk):
+        return torch.div(x, pairs.size, rounding_mode="floor")
+    return torch.bucketize(x, torch.tensor(pairs.ends, device=x.device), right=True)
+
+
+def _overlap(a0: Tensor, a1: Tensor, b0: Tensor, b1: Tensor) -> Two:
+    """Runs a0..a1 of the rows against runs b0..b1 of the keys."""
+    return (a0 <= b1) & (b0 <= a1), (a0 == a1) & (b0 == b1) & (a0 == b0)
+
+
+def _counted(exist: Tensor, lo: Tensor, hi: Tensor) -> Two:
+    """Whether any and all of exist[lo:hi) hold, by running sums."""
+    sums = torch.nn.functional.pad(exist.cumsum(0, dtype=torch.int32), (1, 0))
+    found = sums[hi.clamp(0, exist.numel())] - sums[lo.clamp(0, exist.numel())]
+    return found > 0, found == hi - lo
+
+
+def _by_gap(pairs: Pairs, g: Grid) -> Two:
+    """Where only the gap i - j matters: a block holds every gap between its corners, so this is exact."""
+    most = g.high - g.low
+    gaps = torch.arange(1 - most, most, device=g.i0.device)
+    exist = static_exist(pairs, gaps + most, torch.full_like(gaps, most))
+    return _counted(exist, g.i0 - g.j1 + most, g.i1 - g.j0 + most - 1)
+
+
+def _evaluated(pairs: Mask, g: Grid) -> Two:
+    """Any mask, by looking at every pair, some rows of blocks at a time."""
+    device = g.i0.device
+    batch, count, blocks = g.i0.shape[0], g.i0.shape[1], g.j0.shape[2]
+    rows = int((g.i1 - g.i0).max()) if count else 1
+    size = int((g.j1 - g.j0).max()) if blocks else 1
+    j = (g.j0[..., None] + torch.arange(size, device=device)).view(1, 1, 1, -1)
+    outside_j = j >= g.j1[..., None].expand(1, 1, blocks, size).reshape(1, 1, 1, -1)
+    step = max(1, PAIRS // max(1, batch * rows * blocks * size))
+    some, every = [], []
+    for n in range(0, count, step):
+        i = (g.i0[:, n : n + step] + torch.arange(rows, device=device))[..., None]
+        outside = outside_j | (i >= g.i1[:, n : n + step, :, None])
+        found = pairs.exist(i, j).expand(batch, -1, rows, -1)
+        shape = (batch, -1, rows, blocks, size)
+        some.append((found & ~outside).view(shape).any(4).any(2))
+        every.append((found | outside).view(shape).all(4).all(2))
+    return torch.cat(some, 1), torch.cat(every, 1)
+
+
+def interval(pairs: Pairs, i: Tensor, high: int) -> Two | None:
+    """Keys [lo, hi) that the rows at positions i read, where they form one interval in closed form; else None."""
+    zero = torch.zeros_like(i)
+    if isinstance(pairs, And):
+        each = [interval(p, i, high) for p in pairs.parts]
+        if any(e is None for e in each):
+            return None
+        lo = functools.reduce(torch.maximum, (e[0] for e in each if e is not None))
+        hi = functools.reduce(torch.minimum, (e[1] for e in each if e is not None))
+        return lo, hi
+    if isinstance(pairs, Full):
+        return zero, zero + high
+    if isinstance(pairs, Causal):
+        return zero, i + 1
+    if isinstance(pairs, Window):
+        return i - pairs.width + 1, i + 1
+    if isinstance(pairs, Neighborhood) and pairs.dilation == 1:
+        return i - pairs.width // 2, i + pairs.width // 2 + 1
+    if isinstance(pairs, Sink):
+        return zero, zero + pairs.first
+    if isinstance(pairs, Prefix):
+        return zero, (i + 1).clamp_min(pairs.tokens)
+    if isinstance(pairs, Chunk):
+        first = labels(pairs, i) * pairs.size
+        return first, first + pairs.size
+    if isinstance(pairs, LocalBlocks):
+        own = torch.div(i, pairs.block, rounding_mode="floor")
+        return (own - pairs.last + 1) * pairs.block, (own + 1) * pairs.block
+    if isinstance(pairs, Document):
+        ends = torch.tensor((0, *pairs.ends, max(high, pairs.ends[-1])), device=i.device)
+        own = labels(pairs, i)
+        return ends[own], ends[own + 1]
+    return None
