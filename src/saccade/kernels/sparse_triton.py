@@ -335,11 +335,12 @@ def decode(
         key = at + tl.arange(0, BN)
         k = read(K, b, g, at, k0, k1, k2, keys, BN, D, DIM, True, False)
         v = read(V, b, g, at, v0, v1, v2, keys, BN, E, EDIM, True, False)
-        keep = (entry < whole) | ((key >= lo) & (key < hi))
+        past = entry - whole + tl.zeros([BN], tl.int32)
+        keep = (past < 0) | ((key >= lo) & (key < hi))
         if BITS:
             tile = tl.load(Tile + listed + entry)
             words: tl.constexpr = (SIZE + 31) // 32
-            mine = (entry >= whole) & (col < SIZE)
+            mine = (past >= 0) & (col < SIZE)
             word = tl.load(Bits + tile.to(tl.int64) * words + col // 32, mask=mine, other=-1)
             keep = keep & (((word >> (col % 32)) & 1) != 0)
         keep = (keep & (col < SIZE) & (key < keys))[None, :]

@@ -85,7 +85,7 @@ class BlockTable:
         state = own(self.state).cpu()[i // self.rows, j // self.size]
         lo, hi = (x[min(batch, x.shape[0] - 1)].cpu()[:, None] for x in (self.lo, self.hi))
         cut = (j >= lo) & (j < hi)
-        if self.ids is not None and self.bits is not None:
+        if self.ids is not None and self.bits is not None and self.bits.numel():
             tile = own(self.ids).cpu()[i // self.rows, j // self.size].clamp_min(0).long()
             word = self.bits.cpu()[tile, i % self.rows, j % self.size // 32]
             cut &= (word >> (j % self.size % 32)) & 1 != 0
@@ -94,18 +94,10 @@ class BlockTable:
 
 def lists(state: Tensor, ids: Tensor | None) -> Lists:
     """The lists of a state (b, h, N, M): whole blocks in order, then partial ones in order."""
-    whole, part = state == WHOLE, state == PARTIAL
-    width = state.shape[-1]
-    first, then = (x.cumsum(-1, dtype=torch.int32) for x in (whole, part))
-    full, rest = (x[..., -1].contiguous() for x in (first, then))
-    slot = torch.where(whole, first - 1, torch.where(part, full.unsqueeze(-1) + then - 1, width)).long()
-    numbers = torch.arange(width, dtype=torch.int32, device=state.device).expand_as(state)
-
-    def listed(x: Tensor) -> Tensor:
-        out = torch.zeros(*state.shape[:3], width + 1, dtype=torch.int32, device=state.device)
-        return out.scatter_(-1, slot, x)[..., :width].contiguous()
-
-    return Lists(listed(numbers), full + rest, full, None if ids is None else listed(ids.expand_as(state)))
+    order = state.argsort(dim=-1, descending=True, stable=True)
+    tile = None if ids is None else ids.expand_as(state).gather(-1, order)
+    full = (state == WHOLE).sum(-1, dtype=torch.int32)
+    return Lists(order.to(torch.int32), (state != EMPTY).sum(-1, dtype=torch.int32), full, tile)
 
 
 @dataclass(frozen=True)
@@ -120,9 +112,14 @@ class Place:
     device: torch.device | str = "cpu"
 
     @property
+    def own(self) -> torch.device | str:
+        """Where positions are counted: on the CPU unless they differ between samples."""
+        return "cpu" if self.ends is None else self.device
+
+    @property
     def positions(self) -> Tensor:
         """Positions of the queries, (b or 1, L)."""
-        rows = torch.arange(self.length, device=self.device)
+        rows = torch.arange(self.length, device=self.own)
         if self.offset is not None:
             return (rows + self.offset)[None]
         assert self.ends is not None
@@ -130,44 +127,37 @@ class Place:
 
     def grid(self, rows: int, size: int) -> Grid:
         """Its blocks of pairs."""
-        n = torch.arange(-(-self.length // rows), device=self.device)[:, None] * rows
-        m = torch.arange(-(-self.keys // size), device=self.device)[None, None] * size
-        shift: Tensor | int = 0 if self.offset is None else self.offset
+        n = torch.arange(0, self.length, rows, device=self.own)[None, :, None]
+        j0 = torch.arange(0, self.keys, size, device=self.own)[None, None] + self.start
+        shift: Tensor | int
         if self.offset is None:
             assert self.ends is not None
-            shift = (self.ends - self.length)[:, None, None]
+            shift, least = (self.ends - self.length)[:, None, None], -self.length
+        else:
+            shift, least = self.offset, min(0, self.offset)
         i0, i1 = n + shift, (n + rows).clamp(max=self.length) + shift
-        if i0.dim() == 2:
-            i0, i1 = i0[None], i1[None]
-        j0, j1 = m + self.start, (m + size).clamp(max=self.keys) + self.start
-        least = -self.length if self.offset is None else min(0, self.offset)
         most = self.start + self.keys
         if self.offset is not None:
             most = max(most, self.offset + self.length)
-        return Grid(i0, i1, j0, j1, least, most)
+        end = self.start + (self.keys if self.ends is None else self.ends[:, None, None])
+        return Grid(i0, i1, j0, j0 + size, end, least, most + size, self.device)
 
     def state(self, pairs: Pairs, rows: int, size: int) -> Tensor:
         """Empty, partial or whole for each of its blocks, (b or 1, N, M)."""
         g = self.grid(rows, size)
         some, every = extent(pairs, g)
-        end = self.start + (self.keys if self.ends is None else self.ends[:, None, None])
-        every = every & (g.j0 + size <= end)
-        some = (some | every) & (g.j0 < end)
-        shape = torch.broadcast_shapes(some.shape, (1, g.i0.shape[1], g.j0.shape[2]))
-        return (some.to(torch.int8) + every.to(torch.int8)).expand(shape)
+        found = (some | every).to(torch.int8) + every
+        return found.expand(found.shape[0], g.i0.shape[1], g.j0.shape[2])
 
     def cuts(self, pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
         """Key intervals of the rows, lo and hi (b or 1, L) int32, and whether they alone say which pairs exist."""
         i = self.positions
         found = interval(pairs, i, self.start + self.keys)
-        if found is None:
-            lo, hi = torch.zeros_like(i) + self.start, torch.full_like(i, self.start + self.keys)
-        else:
-            lo, hi = found
+        lo, hi = (torch.zeros_like(i), torch.full_like(i, self.start + self.keys)) if found is None else found
         end: Tensor | int = self.keys if self.ends is None else self.ends[:, None]
-        lo, hi = (lo - self.start).clamp_min(0), (hi - self.start).clamp(max=end)
-        lo = lo.expand_as(hi)
-        return lo.to(torch.int32).contiguous(), hi.to(torch.int32).contiguous(), found is not None
+        lo, hi = (lo - self.start).clamp(min=0), torch.clamp(hi - self.start, max=end)
+        both = torch.stack(torch.broadcast_tensors(lo, hi)).to(torch.int32).to(self.device)
+        return both[0], both[1], found is not None
 
 
 def table_of(pairs: Pairs, place: Place, rows: int = 128, size: int = 128) -> BlockTable:
@@ -231,23 +221,26 @@ def table_of_blocks(
 
 def kept_blocks(chosen: Blocks, blocks: int) -> Tensor:
     """Which of `blocks` key blocks each block of queries chose, (b, h, N, M)."""
-    shape = (*chosen.index.shape[:3], blocks)
-    found = torch.zeros(shape, dtype=torch.int8, device=chosen.index.device)
-    inside = chosen.valid & (chosen.index >= 0) & (chosen.index < blocks)
-    index = chosen.index.long().clamp(0, max(0, blocks - 1))
-    return found.scatter_reduce_(-1, index, inside.to(torch.int8), "amax").bool()
+    found = torch.zeros(*chosen.index.shape[:3], blocks + 1, dtype=torch.bool, device=chosen.index.device)
+    index = torch.where(chosen.valid, chosen.index.long(), blocks)
+    return found.scatter_(-1, index, True)[..., :blocks]
 
 
-def check_blocks(chosen: Blocks, keys: int) -> None:
-    """Refuse a choice with repeated or out-of-range blocks, saying where; a debugging aid, it waits for the device."""
+def check_range(chosen: Blocks, keys: int) -> None:
+    """Refuse a choice with a block that does not exist, saying where; it waits for the device."""
     blocks = -(-keys // chosen.size)
     wrong = chosen.valid & ((chosen.index < 0) | (chosen.index >= blocks))
     if bool(wrong.any()):
-        where = wrong.nonzero()[0].tolist()
+        where = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"block {int(chosen.index[tuple(where)])} was chosen at {tuple(where)}; {keys} keys have {blocks} blocks of "
-            f"{chosen.size}, 0 to {blocks - 1}"
+            f"block {int(chosen.index[where])} was chosen at {where}; {keys} keys have {blocks} blocks of {chosen.size}, 0 to "
+            f"{blocks - 1}"
         )
+
+
+def check_blocks(chosen: Blocks, keys: int) -> None:
+    """Refuse a choice with blocks that do not exist or were chosen twice, saying where; a debugging aid."""
+    check_range(chosen, keys)
     marked = torch.where(chosen.valid, chosen.index, -1 - torch.arange(chosen.index.shape[-1], device=chosen.index.device))
     ordered = marked.sort(-1).values
     again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
