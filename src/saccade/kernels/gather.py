@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import sparse_run
-from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, padded, ready
+from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, described_rows, padded, ready
 from saccade.kernels.table import BlockTable
 
 MOST_BLOCKS = 2048
@@ -91,7 +91,7 @@ def route(index: Tensor, blocks: int, size: int) -> Routed:
     running = hist.cumsum(1, dtype=torch.int32)
     counts = running[:, -1].contiguous()
     starts = counts.cumsum(1, dtype=torch.int32) - counts
-    slots = torch.empty(b * h, rows * choices, dtype=torch.int32, device=index.device)
+    slots = torch.zeros(b * h, rows * choices, dtype=torch.int32, device=index.device)
     base = running - hist + starts[:, None]
     gather_triton.place[(tiles * b * h,)](index, base, slots, rows, blocks, choices, **meta)
     return Routed(index, slots, starts, counts, size)
@@ -202,10 +202,12 @@ def backward(
         parts, way.index, dq, b * h * rows, choices, BM=tile, D=padded(d), DIM=d, WIDE=sparse_run.wide(q)
     )
     run = tiles("keys", q, dim, way.size)
+    whose = (way.slots // choices).long()
+    lse, delta = (x.view(b * h, rows).gather(1, whose) for x in (lse, delta))
     gather_triton.backward_keys[(-(-way.size // run.keys) * blocks * b * g,)](
-        q, k, v, grad, lse, delta, dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
+        q, k, v, grad, described_rows(lse, run.rows, run.copies), described_rows(delta, run.rows, run.copies), dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
         *_call(q, k, v, way, rule, 0, grad),
-        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), ALIGN=aligned(q, k, v, grad),
+        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), TMA=run.copies, ALIGN=aligned(q, k, v, grad),
         **_sizes(q, v), **run.options,
     )  # fmt: skip
     return dq, dk, dv

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.kernels.sparse_triton import LN2, LOG2E, fold, read
+from saccade.kernels.sparse_triton import LN2, LOG2E, fold, read, row_stats
 
 CALL = [
     "q0", "q1", "q2", "k0", "k1", "k2", "v0", "v1", "v2", "i0", "heads", "groups", "rows", "keys", "size", "blocks",
@@ -280,9 +280,12 @@ def backward_keys(
     Q, K, V, Grad, Lse, Delta, DK, DV, Slots, Starts, Counts, Lo, Hi, From, To, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, i0, heads, groups, rows, keys, size, blocks, choices, most,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    MASKED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Add to DK and DV (b, g, S, .) what the slots of each block bring: one program for BN keys of one block."""
+    """Add to DK and DV (b, g, S, .) what the slots of each block bring: one program for BN keys of one block.
+
+    Lse and Delta (b h, L T) are in the order of the slots, so that they can be loaded ahead.
+    """
     if ALIGN:
         q0, q1, q2 = q0 // 8 * 8, q1 // 8 * 8, q2 // 8 * 8
         k0, k1, k2 = k0 // 8 * 8, k1 // 8 * 8, k2 // 8 * 8
@@ -303,15 +306,14 @@ def backward_keys(
     for r in range(heads // groups):
         h = g * (heads // groups) + r
         own = b * heads + h
-        base = own.to(tl.int64) * rows
         number = tl.load(Counts + own * blocks + m)
-        first = base * choices + tl.load(Starts + own * blocks + m)
+        first = own * (rows * choices) + tl.load(Starts + own * blocks + m)
         for n in tl.range(0, number, BM):
             kept = n + tl.arange(0, BM) < number
             i = tl.load(Slots + first + n + tl.arange(0, BM), mask=kept, other=0) // choices
             q = gathered(Q, b, h, i, kept, q0, q1, q2, D, DIM)
             grad = gathered(Grad, b, h, i, kept, g0, g1, g2, E, EDIM)
-            lse, delta = slot_stats(Lse, Delta, base, i, kept)
+            lse, delta = row_stats(Lse, Delta, first, n, number, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
                 exist = allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)

@@ -19,12 +19,13 @@ from saccade.kernels.extent import interval
 from saccade.kernels.gather import MOST_BLOCKS, Rule
 from saccade.kernels.table import MOST_BITS, BlockTable, Place, check_range, table_of, table_of_blocks
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Causal, Chunk, Full, Pairs, split
+from saccade.parts.mask import Causal, Chunk, Full, Neighborhood, Pairs, split
 from saccade.parts.pair import Context, Program, without_padding
 from saccade.parts.score import Dot
 from saccade.parts.select import Blocks, MeanKey, TopBlocks
 
 BLOCK = 128
+SHORT = 4096
 SLAB = 1 << 24
 
 
@@ -154,14 +155,20 @@ def _prepared(m: Pairwise, c: Context) -> tuple[Tensor, Tensor, Tensor, float]:
 def _table(pairs: Pairs, place: Place) -> BlockTable:
     """The table of a mask; those that all samples share are kept for the next call."""
     if place.ends is not None:
-        return table_of(pairs, place, BLOCK, BLOCK)
+        return table_of(pairs, place, *[_side(pairs)] * 2)
     assert place.offset is not None
     return _kept(pairs, place.length, place.keys, place.offset, place.start, str(place.device))
 
 
 @functools.lru_cache(maxsize=32)
 def _kept(pairs: Pairs, length: int, keys: int, offset: int, start: int, device: str) -> BlockTable:
-    return table_of(pairs, Place(length, keys, offset, start, None, device), BLOCK, BLOCK)
+    return table_of(pairs, Place(length, keys, offset, start, None, device), *[_side(pairs)] * 2)
+
+
+def _side(pairs: Pairs) -> int:
+    """Rows and keys of a block: half as many where a mask reaches so little that the blocks at its border count."""
+    reach = pairs.horizon if not isinstance(pairs, Neighborhood) else pairs.width
+    return BLOCK if reach is None or reach > SHORT else BLOCK // 2
 
 
 def _choose(select: Pairs, c: Context) -> Blocks:
@@ -192,7 +199,21 @@ def _distinct(chosen: Blocks) -> Blocks:
 
 
 def _rule(limit: Pairs, allow: Pairs | None, size: int, place: Place) -> Rule:
-    """What cuts chosen blocks: the limit, and what the mask by position has already."""
+    """What cuts chosen blocks: the limit, and what the mask by position has already; kept as tables are."""
+    if place.ends is not None:
+        return _made_rule(limit, allow, size, place)
+    assert place.offset is not None
+    return _kept_rule(limit, allow, size, place.length, place.keys, place.offset, place.start, str(place.device))
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_rule(
+    limit: Pairs, allow: Pairs | None, size: int, length: int, keys: int, offset: int, start: int, device: str
+) -> Rule:
+    return _made_rule(limit, allow, size, Place(length, keys, offset, start, None, device))
+
+
+def _made_rule(limit: Pairs, allow: Pairs | None, size: int, place: Place) -> Rule:
     past = limit == Causal() and allow in (None, Chunk(size))
     free = limit == Full() and allow is None and place.keys % size == 0
     lo, hi, _ = place.cuts(limit)

@@ -70,24 +70,28 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def tiles(kind: str, x: Tensor, dim: int) -> Launch:
-    """The launch of a kernel for a dtype and the larger head size: a small fixed table, measured on H100."""
+def tiles(kind: str, x: Tensor, dim: int, narrow: bool = False) -> Launch:
+    """The launch of a kernel for a dtype and the larger head size: a small fixed table, measured on an H100.
+
+    `narrow` is for short lists, where two small programs that share a multiprocessor hide each other's beginning and end.
+    """
     if not x.is_cuda:
         return Launch(64, 64, 4, 1)
     if x.dtype.itemsize > 2:
         return Launch(32, 32, 4, 1) if dim <= 64 else Launch(16, 16, 4, 1)
-    copies = copy_engine()
+    if not copy_engine():
+        return Launch(64, 64, 4, 2) if dim <= 128 else Launch(32, 32, 4, 1)
     if dim > 128:
-        found = {"forward": Launch(64, 64, 4, 2), "queries": Launch(64, 32, 4, 2), "keys": Launch(32, 64, 4, 1)}[kind]
+        found = {"forward": Launch(128, 64, 8, 2), "queries": Launch(128, 32, 8, 2), "keys": Launch(32, 64, 8, 2)}
     elif dim > 64:
         found = {
-            "forward": Launch(128, 64, 8, 2, registers=128 if copies else None),
-            "queries": Launch(128, 64, 8, 3 if copies else 2),
+            "forward": Launch(64, 64, 4, 3) if narrow else Launch(128, 64, 8, 2, registers=128),
+            "queries": Launch(128, 64, 8, 3),
             "keys": Launch(64, 64, 4, 2),
-        }[kind]
+        }
     else:
-        found = {"forward": Launch(128, 64, 4, 3), "queries": Launch(128, 64, 8, 3), "keys": Launch(64, 128, 8, 3)}[kind]
-    return replace(found, copies=copies)
+        found = {"forward": Launch(128, 64, 4, 3), "queries": Launch(64, 64, 4, 3), "keys": Launch(64, 64, 4, 3)}
+    return replace(found[kind], copies=True)
 
 
 def ready(x: Tensor) -> Tensor:
@@ -108,6 +112,15 @@ def described(x: Tensor, rows: int, copies: bool) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[-1])])
+
+
+def described_rows(x: Tensor, rows: int, copies: bool) -> Any:
+    """One number a row, x (b, h, n), as the copy engine loads `rows` of them."""
+    if not copies:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [rows])
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -136,8 +149,9 @@ def wide(x: Tensor) -> Any:
 
 
 def _fit(launch: Launch, table: BlockTable) -> Launch:
-    """A launch whose tiles divide the blocks of a table."""
-    return replace(launch, rows=min(launch.rows, table.rows), keys=min(launch.keys, table.size))
+    """A launch whose tiles divide the blocks of a table; half the rows take half the warps."""
+    fewer = {"warps": launch.warps // 2, "registers": None} if table.rows < launch.rows and launch.warps > 4 else {}
+    return replace(launch, rows=min(launch.rows, table.rows), keys=min(launch.keys, table.size), **fewer)  # type: ignore[arg-type]
 
 
 def forward(
@@ -149,12 +163,14 @@ def forward(
     q, k, v = ready(q), ready(k), ready(v)
     b, h, rows, d = q.shape
     g, keys, e = k.shape[1], k.shape[2], v.shape[-1]
-    run = _fit(launch or tiles("forward", q, max(padded(d), padded(e))), table)
+    narrow = table.rows < 128 or table.state.shape[1] > 1
+    run = _fit(launch or tiles("forward", q, max(padded(d), padded(e)), narrow), table)
     out = torch.empty(b, h, rows, e, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, rows, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     lists, sizes = table_arguments(table, table.by_query)
     sparse_triton.forward[(-(-rows // run.rows) * b * h,)](
-        q, described(k, run.keys, run.copies), described(v, run.keys, run.copies), out, lse, *lists, scale * LOG2E,
+        described(q, run.rows, run.copies), described(k, run.keys, run.copies), described(v, run.keys, run.copies),
+        described(out, run.rows, run.copies), lse, *lists, scale * LOG2E,
         *strides(q, k, v), *sizes, h, g, rows, keys,
         ROWS=table.rows, SIZE=table.size, BM=run.rows, BN=run.keys, D=padded(d), DIM=d, E=padded(e), EDIM=e,
         BITS=table.bits is not None, TMA=run.copies, WIDE=wide(q), ALIGN=aligned(q, k, v),
@@ -211,15 +227,18 @@ def backward(
     }  # fmt: skip
     lists, sizes = table_arguments(table, table.by_key)
     sparse_triton.backward_keys[(-(-keys // run.keys) * b * g,)](
-        described(q, run.rows, run.copies), k, v, described(grad, run.rows, run.copies), lse, delta,
-        dk, dv, *lists, scale * LOG2E,
+        described(q, run.rows, run.copies), described(k, run.keys, run.copies), described(v, run.keys, run.copies),
+        described(grad, run.rows, run.copies), described_rows(lse, run.rows, run.copies),
+        described_rows(delta, run.rows, run.copies), described(dk, run.keys, run.copies),
+        described(dv, run.keys, run.copies), *lists, scale * LOG2E,
         *steps, *sizes, h, g, rows, keys,
         BM=run.rows, BN=run.keys, TMA=run.copies, **run.options, **common,
     )  # fmt: skip
     run = _fit(launches[0] or tiles("queries", q, dim), table)
     lists, sizes = table_arguments(table, table.by_query)
     sparse_triton.backward_queries[(-(-rows // run.rows) * b * h,)](
-        q, described(k, run.keys, run.copies), described(v, run.keys, run.copies), grad, lse, delta, dq, *lists,
+        described(q, run.rows, run.copies), described(k, run.keys, run.copies), described(v, run.keys, run.copies),
+        described(grad, run.rows, run.copies), lse, delta, described(dq, run.rows, run.copies), *lists,
         scale * LOG2E, *steps, *sizes, h, g, rows, keys,
         BM=run.rows, BN=run.keys, TMA=run.copies, **run.options, **common,
     )  # fmt: skip

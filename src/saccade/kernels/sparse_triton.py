@@ -45,13 +45,16 @@ def read(x, b, h, first, s0, s1, s2, end, N: tl.constexpr, D: tl.constexpr, DIM:
 
 
 @triton.jit
-def write(x, value, b, h, first, heads, end, N: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
+def write(x, value, b, h, first, heads, end, N: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
     """Store rows [first, first + N) of contiguous x (b, heads, end, DIM)."""
-    at = first + tl.arange(0, N)
-    d = tl.arange(0, D)
-    base = x + ((b.to(tl.int64) * heads + h) * end + first) * DIM
-    where = base + tl.arange(0, N)[:, None] * DIM + d[None, :]
-    tl.store(where, value.to(x.dtype.element_ty), mask=(at < end)[:, None] & (d < DIM)[None, :])
+    if TMA:
+        x.store([b, h, first, 0], value.to(x.dtype).reshape(1, 1, N, D))
+    else:
+        at = first + tl.arange(0, N)
+        d = tl.arange(0, D)
+        base = x + ((b.to(tl.int64) * heads + h) * end + first) * DIM
+        where = base + tl.arange(0, N)[:, None] * DIM + d[None, :]
+        tl.store(where, value.to(x.dtype.element_ty), mask=(at < end)[:, None] & (d < DIM)[None, :])
 
 
 @triton.jit
@@ -99,17 +102,17 @@ def forward(
     n = first // ROWS
     i = first + tl.arange(0, BM)
     row = (first % ROWS + tl.arange(0, BM))[:, None]
-    q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, False)
     listed = b * t0 + h * t1 + n.to(tl.int64) * width
     counted = b * c0 + h * c1 + n
+    soon = tl.load(Index + listed)
     whole = tl.load(Full + counted) * (SIZE // BN)
     last = tl.load(Count + counted) * (SIZE // BN)
+    lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
+    hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
+    q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, TMA)
     top = tl.full([BM], float("-inf"), WIDE)
     total = tl.zeros([BM], WIDE)
     acc = tl.zeros([BM, E], WIDE)
-    lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
-    hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
-    soon = tl.load(Index + listed)
     for t in tl.range(0, last):
         at = tl.multiple_of(soon * SIZE + t % (SIZE // BN) * BN, BN)
         soon = tl.load(Index + listed + tl.minimum((t + 1) // (SIZE // BN), width - 1))
@@ -125,7 +128,7 @@ def forward(
         top, total, acc = fold(s, v, top, total, acc, scale)
     some = total > 0
     lse = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
-    write(Out, acc / tl.where(some, total, 1.0)[:, None], b, h, first, heads, rows, BM, E, EDIM)
+    write(Out, acc / tl.where(some, total, 1.0)[:, None], b, h, first, heads, rows, BM, E, EDIM, TMA)
     tl.store(Lse + head.to(tl.int64) * rows + i, lse, mask=i < rows)
 
 
@@ -143,11 +146,19 @@ def row_products(Out, Grad, GradLse, Delta, rows, BM: tl.constexpr, E: tl.conste
 
 
 @triton.jit
-def row_stats(Lse, Delta, base, i, rows):
-    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows i."""
-    lse = tl.load(Lse + base + i, mask=i < rows, other=float("-inf"))
-    delta = tl.load(Delta + base + i, mask=i < rows, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+def row_stats(Lse, Delta, base, first, end, N: tl.constexpr, TMA: tl.constexpr):
+    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows [first, first + N) of a head.
+
+    The copy engine, which a loop needs to load them ahead, reads on into what follows.
+    """
+    i = first + tl.arange(0, N)
+    if TMA:
+        lse, delta = Lse.load([base + first]), Delta.load([base + first])
+    else:
+        lse = tl.load(Lse + base + i, mask=i < end, other=float("-inf"))
+        delta = tl.load(Delta + base + i, mask=i < end, other=0.0)
+    there = (i < end) & (lse > float("-inf"))
+    return tl.where(there, lse * LOG2E, float("inf")), tl.where(there, delta, 0.0)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "g0", "g1", "g2"])
@@ -173,17 +184,17 @@ def backward_queries(
     n = first // ROWS
     i = first + tl.arange(0, BM)
     row = (first % ROWS + tl.arange(0, BM))[:, None]
-    q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, False)
-    grad = read(Grad, b, h, first, g0, g1, g2, rows, BM, E, EDIM, True, False)
-    lse, delta = row_stats(Lse, Delta, head.to(tl.int64) * rows, i, rows)
     listed = b * t0 + h * t1 + n.to(tl.int64) * width
     counted = b * c0 + h * c1 + n
+    soon = tl.load(Index + listed)
     whole = tl.load(Full + counted) * (SIZE // BN)
     last = tl.load(Count + counted) * (SIZE // BN)
-    acc = tl.zeros([BM, D], WIDE)
     lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
     hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
-    soon = tl.load(Index + listed)
+    lse, delta = row_stats(Lse, Delta, head * rows, first, rows, BM, False)
+    q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, TMA)
+    grad = read(Grad, b, h, first, g0, g1, g2, rows, BM, E, EDIM, True, TMA)
+    acc = tl.zeros([BM, D], WIDE)
     for t in tl.range(0, last):
         at = tl.multiple_of(soon * SIZE + t % (SIZE // BN) * BN, BN)
         soon = tl.load(Index + listed + tl.minimum((t + 1) // (SIZE // BN), width - 1))
@@ -200,7 +211,7 @@ def backward_queries(
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=WIDE)
         ds = p * (dp - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee", out_dtype=WIDE)
-    write(DQ, acc * (scale * LN2), b, h, first, heads, rows, BM, D, DIM)
+    write(DQ, acc * (scale * LN2), b, h, first, heads, rows, BM, D, DIM, TMA)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "g0", "g1", "g2"])
@@ -225,13 +236,13 @@ def backward_keys(
     m = first // SIZE
     key = (first + tl.arange(0, BN))[:, None]
     col = (first % SIZE + tl.arange(0, BN))[:, None]
-    k = read(K, b, g, first, k0, k1, k2, keys, BN, D, DIM, True, False)
-    v = read(V, b, g, first, v0, v1, v2, keys, BN, E, EDIM, True, False)
+    k = read(K, b, g, first, k0, k1, k2, keys, BN, D, DIM, True, TMA)
+    v = read(V, b, g, first, v0, v1, v2, keys, BN, E, EDIM, True, TMA)
     dk = tl.zeros([BN, D], WIDE)
     dv = tl.zeros([BN, E], WIDE)
     for r in range(heads // groups):
         h = g * (heads // groups) + r
-        base = (b * heads + h).to(tl.int64) * rows
+        base = (b * heads + h) * rows
         listed = b * t0 + h * t1 + m.to(tl.int64) * width
         counted = b * c0 + h * c1 + m
         whole = tl.load(Full + counted) * (ROWS // BM)
@@ -243,7 +254,7 @@ def backward_keys(
             i = at + tl.arange(0, BM)
             q = read(Q, b, h, at, q0, q1, q2, rows, BM, D, DIM, True, TMA)
             grad = read(Grad, b, h, at, g0, g1, g2, rows, BM, E, EDIM, True, TMA)
-            lse, delta = row_stats(Lse, Delta, base, i, rows)
+            lse, delta = row_stats(Lse, Delta, base, at, rows, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if t >= whole:
                 row = t % (ROWS // BM) * BM + tl.arange(0, BM)
@@ -257,8 +268,8 @@ def backward_keys(
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=WIDE)
-    write(DK, dk * (scale * LN2), b, g, first, groups, keys, BN, D, DIM)
-    write(DV, dv, b, g, first, groups, keys, BN, E, EDIM)
+    write(DK, dk * (scale * LN2), b, g, first, groups, keys, BN, D, DIM, TMA)
+    write(DV, dv, b, g, first, groups, keys, BN, E, EDIM, TMA)
 
 
 @triton.jit(do_not_specialize=SIZES)

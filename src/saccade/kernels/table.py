@@ -112,23 +112,19 @@ class Place:
     device: torch.device | str = "cpu"
 
     @property
-    def own(self) -> torch.device | str:
-        """Where positions are counted: on the CPU unless they differ between samples."""
-        return "cpu" if self.ends is None else self.device
-
-    @property
     def positions(self) -> Tensor:
         """Positions of the queries, (b or 1, L)."""
-        rows = torch.arange(self.length, device=self.own)
         if self.offset is not None:
-            return (rows + self.offset)[None]
+            end = self.offset + self.length
+            return torch.arange(self.offset, end, dtype=torch.int32, device=self.device)[None]
         assert self.ends is not None
-        return rows + (self.ends[:, None] - self.length)
+        return torch.arange(self.length, device=self.device) + (self.ends[:, None] - self.length)
 
     def grid(self, rows: int, size: int) -> Grid:
-        """Its blocks of pairs."""
-        n = torch.arange(0, self.length, rows, device=self.own)[None, :, None]
-        j0 = torch.arange(0, self.keys, size, device=self.own)[None, None] + self.start
+        """Its blocks of pairs, counted on the CPU unless they differ between samples."""
+        own = "cpu" if self.ends is None else self.device
+        n = torch.arange(0, self.length, rows, device=own)[None, :, None]
+        j0 = torch.arange(self.start, self.start + self.keys, size, device=own)[None, None]
         shift: Tensor | int
         if self.offset is None:
             assert self.ends is not None
@@ -155,9 +151,10 @@ class Place:
         found = interval(pairs, i, self.start + self.keys)
         lo, hi = (torch.zeros_like(i), torch.full_like(i, self.start + self.keys)) if found is None else found
         end: Tensor | int = self.keys if self.ends is None else self.ends[:, None]
-        lo, hi = (lo - self.start).clamp(min=0), torch.clamp(hi - self.start, max=end)
-        both = torch.stack(torch.broadcast_tensors(lo, hi)).to(torch.int32).to(self.device)
-        return both[0], both[1], found is not None
+        if self.start:
+            lo, hi = lo - self.start, hi - self.start
+        lo, hi = torch.broadcast_tensors(lo.clamp(min=0), torch.clamp(hi, max=end))
+        return lo.to(torch.int32).contiguous(), hi.to(torch.int32).contiguous(), found is not None
 
 
 def table_of(pairs: Pairs, place: Place, rows: int = 128, size: int = 128) -> BlockTable:

@@ -116,7 +116,8 @@ class MeanKey(Proxy):
         short = -k.shape[2] % size
         wide = torch.promote_types(k.dtype, torch.float32)
         if c.valid is None:
-            sums = torch.nn.functional.pad(k, (0, 0, 0, short)).unflatten(2, (-1, size)).sum(3, dtype=wide)
+            filled = torch.nn.functional.pad(k, (0, 0, 0, short)) if short else k
+            sums = filled.unflatten(2, (-1, size)).sum(3, dtype=wide)
             count = torch.full((sums.shape[2], 1), size, device=k.device, dtype=wide)
             if short:
                 count[-1] = size - short
