@@ -65,7 +65,9 @@ def _sent(device: torch.device | str, *tensors: Tensor) -> list[Tensor]:
 def extent(pairs: Pairs, g: Grid) -> Two:
     """(some, every): False in `some` means surely no pair of the block, True in `every` surely all of them."""
     first, last = interval(pairs, g.i0, g.high), interval(pairs, g.i1 - 1, g.high)
-    if first is not None and last is not None:  # neither end of an interval ever falls from one row to the next
+    if (
+        first is not None and last is not None
+    ):  # neither end of an interval ever falls from one row to the next
         ends = [torch.clamp(x, max=g.end) for x in (first[1], last[1])]
         lo0, lo1, hi0, hi1, j0, j1 = _sent(g.device, first[0], last[0], *ends, g.j0, g.j1)
         return (j0 < hi1) & (j1 > lo0), (j0 >= lo1) & (j1 <= hi0)
@@ -83,9 +85,7 @@ def extent(pairs: Pairs, g: Grid) -> Two:
     if pairs.uniform(0, max(1, g.high)):
         keys = torch.arange(g.low, g.high, device=g.device)
         j0, j1 = _sent(g.device, g.j0, g.j1)
-        return _ended(
-            _counted(static_exist(pairs, torch.zeros_like(keys), keys), j0 - g.low, j1 - g.low), g
-        )
+        return _ended(_counted(static_exist(pairs, torch.zeros_like(keys), keys), j0 - g.low, j1 - g.low), g)
     return _ended(_evaluated(pairs, g.there()), g)
 
 

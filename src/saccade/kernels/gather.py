@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import sparse_run
-from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, described_rows, padded, ready
+from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, padded, ready
 from saccade.kernels.table import BlockTable
 
 MOST_BLOCKS = 2048
@@ -50,9 +50,7 @@ def _rows(blocks: int) -> int:
     return max(16, min(128, 16384 // padded(blocks)))
 
 
-def choose(
-    q: Tensor, means: Tensor, top: int, size: int, own: Tensor | None, ends: Tensor
-) -> Tensor:
+def choose(q: Tensor, means: Tensor, top: int, size: int, own: Tensor | None, ends: Tensor) -> Tensor:
     """The `top` best blocks of each query by its product with their mean keys, (b, h, L, top) int32, -1 for none.
 
     q (b, h, L, D), means (b, g, M, D) float32 or wider; `own` (b or 1, L), where given, leaves only blocks before it;
@@ -118,7 +116,13 @@ def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, way: Routed, rule: Rule, beside: tuple[Tensor, Tensor] | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    way: Routed,
+    rule: Rule,
+    beside: tuple[Tensor, Tensor] | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) over the chosen blocks, joined with the (out, lse) of other pairs, whose tensors it takes."""
     from saccade.kernels import gather_triton
@@ -205,9 +209,9 @@ def backward(
     whose = (way.slots // choices).long()
     lse, delta = (x.view(b * h, rows).gather(1, whose) for x in (lse, delta))
     gather_triton.backward_keys[(-(-way.size // run.keys) * blocks * b * g,)](
-        q, k, v, grad, described_rows(lse, run.rows, run.copies), described_rows(delta, run.rows, run.copies), dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
+        q, k, v, grad, lse, delta, dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
         *_call(q, k, v, way, rule, 0, grad),
-        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), TMA=run.copies, ALIGN=aligned(q, k, v, grad),
+        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run),  ALIGN=aligned(q, k, v, grad),
         **_sizes(q, v), **run.options,
     )  # fmt: skip
     return dq, dk, dv
@@ -218,7 +222,14 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, way: Routed, rule: Rule, table: BlockTable | None, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        way: Routed,
+        rule: Rule,
+        table: BlockTable | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         beside = None if table is None else sparse_run.forward(q, k, v, table, scale)
         out, lse = forward(q, k, v, way, rule, beside, scale)
@@ -255,7 +266,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float) -> 
     from saccade.kernels import sparse_triton
 
     q, k, v = ready(q), ready(k), ready(v)
-    b, h, rows, d = q.shape
+    b, h, rows, _ = q.shape
     g, keys, e = k.shape[1], k.shape[2], v.shape[-1]
     together = table.state.shape[1] == 1 and h // g <= 16
     stacks = b * (g if together else h) * rows

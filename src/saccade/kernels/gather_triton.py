@@ -19,7 +19,9 @@ CALL = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q0", "q1", "q2", "p0", "i0", "heads", "groups", "rows", "blocks", "size", "choices"])
+@triton.jit(
+    do_not_specialize=["q0", "q1", "q2", "p0", "i0", "heads", "groups", "rows", "blocks", "size", "choices"]
+)
 def choose(
     Q, Mean, Rest, Index, Own, Ends, q0, q1, q2, p0, i0, heads, groups, rows, blocks, size, choices,
     BM: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BACK: tl.constexpr, SPLIT: tl.constexpr,
@@ -160,7 +162,9 @@ def forward(
             s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
                 key = (at + tl.arange(0, BN))[None, :]
-                s = tl.where(allowed(Lo, Hi, From, To, b, i0, i, kept, key, m * size + size), s, float("-inf"))
+                s = tl.where(
+                    allowed(Lo, Hi, From, To, b, i0, i, kept, key, m * size + size), s, float("-inf")
+                )
             top, total, acc = fold(s, v, top, total, acc, scale)
         some = total > 0
         lse = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
@@ -207,7 +211,9 @@ def merge(
 
 
 @triton.jit(do_not_specialize=["rows", "choices"])
-def add(Parts, Index, Sum, rows, choices, BM: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr):
+def add(
+    Parts, Index, Sum, rows, choices, BM: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr
+):
     """Sum (rows, D) and the parts (rows, T, D) of the slots that were chosen."""
     r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     d = tl.arange(0, D)
@@ -264,7 +270,9 @@ def backward_queries(
             s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
                 key = (at + tl.arange(0, BN))[None, :]
-                s = tl.where(allowed(Lo, Hi, From, To, b, i0, i, kept, key, m * size + size), s, float("-inf"))
+                s = tl.where(
+                    allowed(Lo, Hi, From, To, b, i0, i, kept, key, m * size + size), s, float("-inf")
+                )
             p = tl.exp2(s * scale - lse[:, None])
             dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[:, None])
@@ -280,7 +288,7 @@ def backward_keys(
     Q, K, V, Grad, Lse, Delta, DK, DV, Slots, Starts, Counts, Lo, Hi, From, To, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, i0, heads, groups, rows, keys, size, blocks, choices, most,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Add to DK and DV (b, g, S, .) what the slots of each block bring: one program for BN keys of one block.
 
@@ -308,21 +316,21 @@ def backward_keys(
         own = b * heads + h
         number = tl.load(Counts + own * blocks + m)
         first = own * (rows * choices) + tl.load(Starts + own * blocks + m)
+        lse, delta = row_stats(Lse, Delta, first, pid * 0, number, BM)
         for n in tl.range(0, number, BM):
             kept = n + tl.arange(0, BM) < number
             i = tl.load(Slots + first + n + tl.arange(0, BM), mask=kept, other=0) // choices
             q = gathered(Q, b, h, i, kept, q0, q1, q2, D, DIM)
             grad = gathered(Grad, b, h, i, kept, g0, g1, g2, E, EDIM)
-            lse, delta = row_stats(Lse, Delta, first, n, number, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
-                exist = allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)
-                s = tl.where(tl.trans(exist), s, float("-inf"))
+                s = tl.where(tl.trans(allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)), s, float("-inf"))
             p = tl.exp2(s * scale - lse[None, :])
             dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee", out_dtype=WIDE)
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=WIDE)
+            lse, delta = row_stats(Lse, Delta, first, n + BM, number, BM)
     inside = (key < end) & (key < keys)
     d, e = tl.arange(0, D), tl.arange(0, E)
     row = (head.to(tl.int64) * keys + key)[:, None]

@@ -81,7 +81,9 @@ class SparseKernel(Kernel):
             area += tile_area(limit & allow, s.length, s.keys, BLOCK, SLAB)[0] if allow is not None else 0
             gate = 2 * stacks * s.length * count * s.head_dim
             moved = stacks * rows * (s.head_dim + s.value_dim) * r.item
-            table = 11 * blocks + stacks * s.length * min(select.top, count) * (8 + r.wide + s.value_dim * r.item)
+            table = 11 * blocks + stacks * s.length * min(select.top, count) * (
+                8 + r.wide + s.value_dim * r.item
+            )
         per_pair = 2 * (s.head_dim + s.value_dim) + (2 * (3 * s.head_dim + 2 * s.value_dim) if r.grad else 0)
         peak = o + stat + table + (q + k + v + stat + weight_bytes(m, r) if r.grad else 0)
         return Cost(
@@ -121,7 +123,11 @@ def _static(pairs: Pairs, r: Request) -> list[str]:
     if _closed(pairs) or (pairs.shift_invariant and not r.ragged):
         return []
     area = tile_area(pairs, s.length, s.keys, BLOCK, SLAB)[0] * (s.batch if r.ragged else 1)
-    return [f"bits of partial blocks may take {area // 8:,} bytes, at most {MOST_BITS:,}"] if area // 8 > MOST_BITS else []
+    return (
+        [f"bits of partial blocks may take {area // 8:,} bytes, at most {MOST_BITS:,}"]
+        if area // 8 > MOST_BITS
+        else []
+    )
 
 
 def _chosen_blocks(pairs: Pairs, r: Request) -> list[str]:
@@ -203,7 +209,9 @@ def _rule(limit: Pairs, allow: Pairs | None, size: int, place: Place) -> Rule:
     if place.ends is not None:
         return _made_rule(limit, allow, size, place)
     assert place.offset is not None
-    return _kept_rule(limit, allow, size, place.length, place.keys, place.offset, place.start, str(place.device))
+    return _kept_rule(
+        limit, allow, size, place.length, place.keys, place.offset, place.start, str(place.device)
+    )
 
 
 @functools.lru_cache(maxsize=32)
@@ -217,5 +225,7 @@ def _made_rule(limit: Pairs, allow: Pairs | None, size: int, place: Place) -> Ru
     past = limit == Causal() and allow in (None, Chunk(size))
     free = limit == Full() and allow is None and place.keys % size == 0
     lo, hi, _ = place.cuts(limit)
-    skip, to, _ = place.cuts(allow) if allow is not None else (torch.zeros_like(lo), torch.zeros_like(hi), True)
+    skip, to, _ = (
+        place.cuts(allow) if allow is not None else (torch.zeros_like(lo), torch.zeros_like(hi), True)
+    )
     return Rule(lo, hi, skip.contiguous(), to.contiguous(), place.ends is None and (past or free))

@@ -82,7 +82,11 @@ def tiles(kind: str, x: Tensor, dim: int, narrow: bool = False) -> Launch:
     if not copy_engine():
         return Launch(64, 64, 4, 2) if dim <= 128 else Launch(32, 32, 4, 1)
     if dim > 128:
-        found = {"forward": Launch(128, 64, 8, 2), "queries": Launch(128, 32, 8, 2), "keys": Launch(32, 64, 8, 2)}
+        found = {
+            "forward": Launch(128, 64, 8, 2),
+            "queries": Launch(128, 32, 8, 2),
+            "keys": Launch(32, 64, 8, 2),
+        }
     elif dim > 64:
         found = {
             "forward": Launch(64, 64, 4, 3) if narrow else Launch(128, 64, 8, 2, registers=128),
@@ -90,7 +94,11 @@ def tiles(kind: str, x: Tensor, dim: int, narrow: bool = False) -> Launch:
             "keys": Launch(64, 64, 4, 2),
         }
     else:
-        found = {"forward": Launch(128, 64, 4, 3), "queries": Launch(64, 64, 4, 3), "keys": Launch(64, 64, 4, 3)}
+        found = {
+            "forward": Launch(128, 64, 4, 3),
+            "queries": Launch(64, 64, 4, 3),
+            "keys": Launch(64, 64, 4, 3),
+        }
     return replace(found[kind], copies=True)
 
 
@@ -114,15 +122,6 @@ def described(x: Tensor, rows: int, copies: bool) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[-1])])
 
 
-def described_rows(x: Tensor, rows: int, copies: bool) -> Any:
-    """One number a row, x (b, h, n), as the copy engine loads `rows` of them."""
-    if not copies:
-        return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, [x.numel()], [1], [rows])
-
-
 def strides(*tensors: Tensor) -> list[int]:
     """The strides that kernels take, all but the last of each tensor."""
     return [s for x in tensors for s in x.stride()[:3]]
@@ -137,7 +136,14 @@ def table_arguments(table: BlockTable, found: Lists) -> tuple[list[Tensor], list
         return x.stride(dim) if x.shape[dim] > 1 else 0
 
     index, count = found.index, found.count
-    sizes = [step(index, 0), step(index, 1), index.shape[3], step(count, 0), step(count, 1), step(table.lo, 0)]
+    sizes = [
+        step(index, 0),
+        step(index, 1),
+        index.shape[3],
+        step(count, 0),
+        step(count, 1),
+        step(table.lo, 0),
+    ]
     return [index, count, found.full, tile, bits, table.lo, table.hi], sizes
 
 
@@ -150,7 +156,11 @@ def wide(x: Tensor) -> Any:
 
 def _fit(launch: Launch, table: BlockTable) -> Launch:
     """A launch whose tiles divide the blocks of a table; half the rows take half the warps."""
-    fewer = {"warps": launch.warps // 2, "registers": None} if table.rows < launch.rows and launch.warps > 4 else {}
+    fewer = (
+        {"warps": launch.warps // 2, "registers": None}
+        if table.rows < launch.rows and launch.warps > 4
+        else {}
+    )
     return replace(launch, rows=min(launch.rows, table.rows), keys=min(launch.keys, table.size), **fewer)  # type: ignore[arg-type]
 
 
@@ -228,8 +238,8 @@ def backward(
     lists, sizes = table_arguments(table, table.by_key)
     sparse_triton.backward_keys[(-(-keys // run.keys) * b * g,)](
         described(q, run.rows, run.copies), described(k, run.keys, run.copies), described(v, run.keys, run.copies),
-        described(grad, run.rows, run.copies), described_rows(lse, run.rows, run.copies),
-        described_rows(delta, run.rows, run.copies), described(dk, run.keys, run.copies),
+        described(grad, run.rows, run.copies), lse,
+        delta, described(dk, run.keys, run.copies),
         described(dv, run.keys, run.copies), *lists, scale * LOG2E,
         *steps, *sizes, h, g, rows, keys,
         BM=run.rows, BN=run.keys, TMA=run.copies, **run.options, **common,
@@ -245,9 +255,7 @@ def backward(
     return dq, dk, dv
 
 
-def statistics(
-    q: Tensor, k: Tensor, lse: Tensor, table: BlockTable, scale: float
-) -> tuple[Tensor, Tensor]:
+def statistics(q: Tensor, k: Tensor, lse: Tensor, table: BlockTable, scale: float) -> tuple[Tensor, Tensor]:
     """(peak, mass), both (b, h, N, M): the largest weight and the sum of weights of every block, zeros where none is kept.
 
     What a gate over blocks is distilled from (Gao et al., SeerAttention, 2024), at one matrix product a kept block.
@@ -275,7 +283,9 @@ class Attend(torch.autograd.Function):
     """Softmax over the pairs of a table as one differentiable step; saves q, k, v, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = forward(q, k, v, table, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = (table, scale)

@@ -23,7 +23,21 @@ SIZES = [
 
 
 @triton.jit
-def read(x, b, h, first, s0, s1, s2, end, N: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr):
+def read(
+    x,
+    b,
+    h,
+    first,
+    s0,
+    s1,
+    s2,
+    end,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Rows [first, first + N) of x (b, h, end, DIM), zeros beyond."""
     if TMA:
         tile = x.load([b, h, first, 0]).reshape(N, D)
@@ -45,7 +59,9 @@ def read(x, b, h, first, s0, s1, s2, end, N: tl.constexpr, D: tl.constexpr, DIM:
 
 
 @triton.jit
-def write(x, value, b, h, first, heads, end, N: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
+def write(
+    x, value, b, h, first, heads, end, N: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr
+):
     """Store rows [first, first + N) of contiguous x (b, heads, end, DIM)."""
     if TMA:
         x.store([b, h, first, 0], value.to(x.dtype).reshape(1, 1, N, D))
@@ -123,7 +139,9 @@ def forward(
             col = t % (SIZE // BN) * BN + tl.arange(0, BN)
             tile = tl.load(Tile + listed + t // (SIZE // BN)) if BITS else 0
             key = at + tl.arange(0, BN)
-            keep = cut(Bits, tile, row, lo[:, None], hi[:, None], key[None, :], col[None, :], ROWS, SIZE, BITS)
+            keep = cut(
+                Bits, tile, row, lo[:, None], hi[:, None], key[None, :], col[None, :], ROWS, SIZE, BITS
+            )
             s = tl.where(keep, s, float("-inf"))
         top, total, acc = fold(s, v, top, total, acc, scale)
     some = total > 0
@@ -133,7 +151,9 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def row_products(Out, Grad, GradLse, Delta, rows, BM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr, WIDE: tl.constexpr):
+def row_products(
+    Out, Grad, GradLse, Delta, rows, BM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr, WIDE: tl.constexpr
+):
     """Delta (rows,): the sum of out times its gradient, minus the gradient of lse; all contiguous."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     e = tl.arange(0, E)
@@ -146,19 +166,12 @@ def row_products(Out, Grad, GradLse, Delta, rows, BM: tl.constexpr, E: tl.conste
 
 
 @triton.jit
-def row_stats(Lse, Delta, base, first, end, N: tl.constexpr, TMA: tl.constexpr):
-    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows [first, first + N) of a head.
-
-    The copy engine, which a loop needs to load them ahead, reads on into what follows.
-    """
+def row_stats(Lse, Delta, base, first, end, N: tl.constexpr):
+    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows [first, first + N) of a head."""
     i = first + tl.arange(0, N)
-    if TMA:
-        lse, delta = Lse.load([base + first]), Delta.load([base + first])
-    else:
-        lse = tl.load(Lse + base + i, mask=i < end, other=float("-inf"))
-        delta = tl.load(Delta + base + i, mask=i < end, other=0.0)
-    there = (i < end) & (lse > float("-inf"))
-    return tl.where(there, lse * LOG2E, float("inf")), tl.where(there, delta, 0.0)
+    lse = tl.load(Lse + base + i, mask=i < end, other=float("-inf"))
+    delta = tl.load(Delta + base + i, mask=i < end, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
 
 
 @triton.jit(do_not_specialize=[*SIZES, "g0", "g1", "g2"])
@@ -191,7 +204,7 @@ def backward_queries(
     last = tl.load(Count + counted) * (SIZE // BN)
     lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
     hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
-    lse, delta = row_stats(Lse, Delta, head * rows, first, rows, BM, False)
+    lse, delta = row_stats(Lse, Delta, head.to(tl.int64) * rows, first, rows, BM)
     q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, TMA)
     grad = read(Grad, b, h, first, g0, g1, g2, rows, BM, E, EDIM, True, TMA)
     acc = tl.zeros([BM, D], WIDE)
@@ -205,7 +218,9 @@ def backward_queries(
             col = t % (SIZE // BN) * BN + tl.arange(0, BN)
             tile = tl.load(Tile + listed + t // (SIZE // BN)) if BITS else 0
             key = at + tl.arange(0, BN)
-            keep = cut(Bits, tile, row, lo[:, None], hi[:, None], key[None, :], col[None, :], ROWS, SIZE, BITS)
+            keep = cut(
+                Bits, tile, row, lo[:, None], hi[:, None], key[None, :], col[None, :], ROWS, SIZE, BITS
+            )
             s = tl.where(keep, s, float("-inf"))
         p = tl.exp2(s * scale - lse[:, None])
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=WIDE)
@@ -242,22 +257,22 @@ def backward_keys(
     dv = tl.zeros([BN, E], WIDE)
     for r in range(heads // groups):
         h = g * (heads // groups) + r
-        base = (b * heads + h) * rows
+        base = (b * heads + h).to(tl.int64) * rows
         listed = b * t0 + h * t1 + m.to(tl.int64) * width
         counted = b * c0 + h * c1 + m
         whole = tl.load(Full + counted) * (ROWS // BM)
         last = tl.load(Count + counted) * (ROWS // BM)
         soon = tl.load(Index + listed)
+        lse, delta = row_stats(Lse, Delta, base, soon * ROWS, rows, BM)
         for t in tl.range(0, last):
             at = tl.multiple_of(soon * ROWS + t % (ROWS // BM) * BM, BM)
             soon = tl.load(Index + listed + tl.minimum((t + 1) // (ROWS // BM), width - 1))
-            i = at + tl.arange(0, BM)
             q = read(Q, b, h, at, q0, q1, q2, rows, BM, D, DIM, True, TMA)
             grad = read(Grad, b, h, at, g0, g1, g2, rows, BM, E, EDIM, True, TMA)
-            lse, delta = row_stats(Lse, Delta, base, at, rows, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if t >= whole:
                 row = t % (ROWS // BM) * BM + tl.arange(0, BM)
+                i = at + tl.arange(0, BM)
                 tile = tl.load(Tile + listed + t // (ROWS // BM)) if BITS else 0
                 lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
                 hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
@@ -268,6 +283,7 @@ def backward_keys(
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=WIDE)
+            lse, delta = row_stats(Lse, Delta, base, soon * ROWS + (t + 1) % (ROWS // BM) * BM, rows, BM)
     write(DK, dk * (scale * LN2), b, g, first, groups, keys, BN, D, DIM, TMA)
     write(DV, dv, b, g, first, groups, keys, BN, E, EDIM, TMA)
 

@@ -94,6 +94,7 @@ class BlockTable:
 
 def lists(state: Tensor, ids: Tensor | None) -> Lists:
     """The lists of a state (b, h, N, M): whole blocks in order, then partial ones in order."""
+    state = state.contiguous()
     order = state.argsort(dim=-1, descending=True, stable=True)
     tile = None if ids is None else ids.expand_as(state).gather(-1, order)
     full = (state == WHOLE).sum(-1, dtype=torch.int32)
@@ -238,7 +239,9 @@ def check_range(chosen: Blocks, keys: int) -> None:
 def check_blocks(chosen: Blocks, keys: int) -> None:
     """Refuse a choice with blocks that do not exist or were chosen twice, saying where; a debugging aid."""
     check_range(chosen, keys)
-    marked = torch.where(chosen.valid, chosen.index, -1 - torch.arange(chosen.index.shape[-1], device=chosen.index.device))
+    marked = torch.where(
+        chosen.valid, chosen.index, -1 - torch.arange(chosen.index.shape[-1], device=chosen.index.device)
+    )
     ordered = marked.sort(-1).values
     again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(again.any()):
@@ -252,7 +255,9 @@ def _sizes(chosen: Blocks, rows: int | None) -> tuple[int, int]:
     """Rows and keys of a block of the table."""
     if rows == 1:
         if chosen.rows != 1:
-            raise NotSupported(f"single rows were asked for, and blocks of {chosen.rows} queries share a choice")
+            raise NotSupported(
+                f"single rows were asked for, and blocks of {chosen.rows} queries share a choice"
+            )
         return 1, chosen.size
     size = next((s for s in (128, 64) if chosen.size % s == 0), 0)
     high = rows or next((s for s in (128, 64) if chosen.rows == 1 or chosen.rows % s == 0), 0)
@@ -334,14 +339,14 @@ def _each(pairs: Pairs, place: Place, rows: int, size: int, want: Tensor) -> tup
     ids[tuple(where.unbind(1))] = torch.arange(where.shape[0], dtype=torch.int32, device=want.device)
     i, j = _within(place, rows, size, where[:, 0], where[:, 1], where[:, 2])
     step = max(1, (1 << 26) // (rows * size))
-    words = [_pack(static_exist(pairs, i[a : a + step], j[a : a + step])) for a in range(0, where.shape[0], step)]
+    words = [
+        _pack(static_exist(pairs, i[a : a + step], j[a : a + step])) for a in range(0, where.shape[0], step)
+    ]
     empty = torch.zeros(0, rows, -(-size // 32), dtype=torch.int32, device=want.device)
     return ids, torch.cat(words) if words else empty
 
 
-def _within(
-    place: Place, rows: int, size: int, b: Tensor, n: Tensor, m: Tensor
-) -> tuple[Tensor, Tensor]:
+def _within(place: Place, rows: int, size: int, b: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of the rows (P, rows, 1) and keys (P, 1, size) of blocks."""
     first: Tensor | int = 0 if place.offset is None else place.offset
     if place.offset is None:
