@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import sparse_run
-from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, padded, ready
+from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, described_rows, padded, ready
 from saccade.kernels.table import BlockTable
 
 MOST_BLOCKS = 2048
@@ -209,9 +209,9 @@ def backward(
     whose = (way.slots // choices).long()
     lse, delta = (x.view(b * h, rows).gather(1, whose) for x in (lse, delta))
     gather_triton.backward_keys[(-(-way.size // run.keys) * blocks * b * g,)](
-        q, k, v, grad, lse, delta, dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
+        q, k, v, grad, described_rows(lse, run.rows, run.copies), described_rows(delta, run.rows, run.copies), dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
         *_call(q, k, v, way, rule, 0, grad),
-        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run),  ALIGN=aligned(q, k, v, grad),
+        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), TMA=run.copies,  ALIGN=aligned(q, k, v, grad),
         **_sizes(q, v), **run.options,
     )  # fmt: skip
     return dq, dk, dv

@@ -288,7 +288,7 @@ def backward_keys(
     Q, K, V, Grad, Lse, Delta, DK, DV, Slots, Starts, Counts, Lo, Hi, From, To, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, i0, heads, groups, rows, keys, size, blocks, choices, most,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    MASKED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Add to DK and DV (b, g, S, .) what the slots of each block bring: one program for BN keys of one block.
 
@@ -315,13 +315,14 @@ def backward_keys(
         h = g * (heads // groups) + r
         own = b * heads + h
         number = tl.load(Counts + own * blocks + m)
-        first = own * (rows * choices) + tl.load(Starts + own * blocks + m)
-        lse, delta = row_stats(Lse, Delta, first, pid * 0, number, BM)
+        start = tl.load(Starts + own * blocks + m)
+        first = own.to(tl.int64) * rows * choices + start
         for n in tl.range(0, number, BM):
             kept = n + tl.arange(0, BM) < number
             i = tl.load(Slots + first + n + tl.arange(0, BM), mask=kept, other=0) // choices
             q = gathered(Q, b, h, i, kept, q0, q1, q2, D, DIM)
             grad = gathered(Grad, b, h, i, kept, g0, g1, g2, E, EDIM)
+            lse, delta = row_stats(Lse, Delta, own, n, rows * choices, start, number, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
                 s = tl.where(tl.trans(allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)), s, float("-inf"))
@@ -330,7 +331,6 @@ def backward_keys(
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=WIDE)
-            lse, delta = row_stats(Lse, Delta, first, n + BM, number, BM)
     inside = (key < end) & (key < keys)
     d, e = tl.arange(0, D), tl.arange(0, E)
     row = (head.to(tl.int64) * keys + key)[:, None]

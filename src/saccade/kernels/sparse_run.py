@@ -122,6 +122,17 @@ def described(x: Tensor, rows: int, copies: bool) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[-1])])
 
 
+def described_rows(x: Tensor, rows: int, copies: bool) -> Any:
+    """One number a row, x (..., n), as the copy engine loads `rows` of them; lines start at multiples of 16 bytes."""
+    if not copies:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    lines, count = x.numel() // x.shape[-1], x.shape[-1]
+    x = torch.nn.functional.pad(x, (0, -count % 4)) if count % 4 else x
+    return TensorDescriptor(x, [lines, count], [x.shape[-1], 1], [1, rows])
+
+
 def strides(*tensors: Tensor) -> list[int]:
     """The strides that kernels take, all but the last of each tensor."""
     return [s for x in tensors for s in x.stride()[:3]]
@@ -238,8 +249,8 @@ def backward(
     lists, sizes = table_arguments(table, table.by_key)
     sparse_triton.backward_keys[(-(-keys // run.keys) * b * g,)](
         described(q, run.rows, run.copies), described(k, run.keys, run.copies), described(v, run.keys, run.copies),
-        described(grad, run.rows, run.copies), lse,
-        delta, described(dk, run.keys, run.copies),
+        described(grad, run.rows, run.copies), described_rows(lse, run.rows, run.copies),
+        described_rows(delta, run.rows, run.copies), described(dk, run.keys, run.copies),
         described(dv, run.keys, run.copies), *lists, scale * LOG2E,
         *steps, *sizes, h, g, rows, keys,
         BM=run.rows, BN=run.keys, TMA=run.copies, **run.options, **common,
