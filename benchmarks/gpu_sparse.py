@@ -237,15 +237,23 @@ def dense() -> dict[str, object]:
 
     table = sparse._table(pairs_of("causal"), here(LENGTH))
     calls: dict[str, Callable[[], object]] = {
+        "sparse kernel": lambda: sparse_run.forward(q, k, v, table, DIM**-0.5),
         "cudnn": lambda: backend(SDPBackend.CUDNN_ATTENTION),
         "planner": lambda: sc.attend(q, k, v, "causal"),
         "flash": lambda: backend(SDPBackend.FLASH_ATTENTION),
-        "sparse kernel": lambda: sparse_run.forward(q, k, v, table, DIM**-0.5),
     }
     each: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
-        for name, call in calls.items():
-            each[name].append(timed(call, 5))
+    for call in calls.values():
+        call(), call()
+    order = list(calls)
+    for n in range(16):
+        for name in (order, order[::-1])[n % 2]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            calls[name]()
+            end.record()
+            torch.cuda.synchronize()
+            each[name].append(start.elapsed_time(end))
     return {name: rates(statistics.median(ms), area, False) for name, ms in each.items()}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import sparse_run
-from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, described_rows, padded, ready
+from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, padded, ready
 from saccade.kernels.table import BlockTable
 
 MOST_BLOCKS = 2048
@@ -45,9 +45,13 @@ class Rule:
     whole: bool
 
 
-def _rows(blocks: int) -> int:
-    """Rows of a tile whose rows meet every block."""
-    return max(16, min(128, 16384 // padded(blocks)))
+def _rows(blocks: int, least: int = 1) -> int:
+    """Rows of a tile whose rows meet every block, so many that it stays in registers."""
+    return max(least, min(128, 8192 // padded(blocks)))
+
+
+def _warps(blocks: int, rows: int) -> int:
+    return 8 if padded(blocks) * rows > 8192 else 4
 
 
 def choose(q: Tensor, means: Tensor, top: int, size: int, own: Tensor | None, ends: Tensor) -> Tensor:
@@ -65,13 +69,13 @@ def choose(q: Tensor, means: Tensor, top: int, size: int, own: Tensor | None, en
     split = q.dtype.itemsize < 4
     rest = (means - low.to(means.dtype)).to(q.dtype).contiguous() if split else low
     index = torch.empty(b, h, rows, top, dtype=torch.int32, device=q.device)
-    tile = _rows(blocks)
+    tile = _rows(blocks, least=16)
     first = ends.to(torch.int32) if own is None else own.to(torch.int32).contiguous()
     gather_triton.choose[(-(-rows // tile) * b * h,)](
         q, low, rest, index, first, ends.to(torch.int32), *q.stride()[:3], int(ends.shape[0] > 1),
         0 if own is None or own.shape[0] == 1 else rows, h, g, rows, blocks, size, top,
         BM=tile, MP=padded(blocks), D=padded(d), DIM=d, BACK=own is not None, SPLIT=split,
-        WIDE=sparse_run.wide(q), num_warps=8 if padded(blocks) * tile > 8192 else 4,
+        WIDE=sparse_run.wide(q), num_warps=_warps(blocks, tile),
     )  # fmt: skip
     return index
 
@@ -84,7 +88,7 @@ def route(index: Tensor, blocks: int, size: int) -> Routed:
     tile = _rows(blocks)
     tiles = -(-rows // tile)
     hist = torch.empty(b * h, tiles, blocks, dtype=torch.int32, device=index.device)
-    meta = {"BM": tile, "MP": padded(blocks), "num_warps": 8 if padded(blocks) * tile > 8192 else 4}
+    meta = {"BM": tile, "MP": padded(blocks), "num_warps": _warps(blocks, tile)}
     gather_triton.count[(tiles * b * h,)](index, hist, rows, blocks, choices, **meta)
     running = hist.cumsum(1, dtype=torch.int32)
     counts = running[:, -1].contiguous()
@@ -139,7 +143,7 @@ def forward(
         q, described(k, run.keys, run.copies), described(v, run.keys, run.copies),
         way.slots, way.starts, way.counts, way.tiles(run.rows), parts, levels,
         rule.lo, rule.hi, rule.skip, rule.to, scale * LOG2E, *_call(q, k, v, way, rule, most),
-        BM=run.rows, BN=run.keys, MP=padded(blocks), MASKED=_masked(rule, way, run), TMA=run.copies,
+        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), TMA=run.copies,
         ALIGN=aligned(q, k, v), **_sizes(q, v), **run.options,
     )  # fmt: skip
     return merge(parts.view(b, h, rows, choices, e), levels.view(b, h, rows, choices), beside, q.dtype)
@@ -198,7 +202,7 @@ def backward(
         q, described(k, run.keys, run.copies), described(v, run.keys, run.copies), grad, lse, delta,
         way.slots, way.starts, way.counts, way.tiles(run.rows), parts, *rules, scale * LOG2E,
         *_call(q, k, v, way, rule, most, grad),
-        BM=run.rows, BN=run.keys, MP=padded(blocks), MASKED=_masked(rule, way, run), TMA=run.copies,
+        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), TMA=run.copies,
         ALIGN=aligned(q, k, v, grad), **_sizes(q, v), **run.options,
     )  # fmt: skip
     tile = max(1, 4096 // padded(d))
@@ -209,9 +213,9 @@ def backward(
     whose = (way.slots // choices).long()
     lse, delta = (x.view(b * h, rows).gather(1, whose) for x in (lse, delta))
     gather_triton.backward_keys[(-(-way.size // run.keys) * blocks * b * g,)](
-        q, k, v, grad, described_rows(lse, run.rows, run.copies), described_rows(delta, run.rows, run.copies), dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
+        q, k, v, grad, lse, delta, dk, dv, way.slots, way.starts, way.counts, *rules, scale * LOG2E,
         *_call(q, k, v, way, rule, 0, grad),
-        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run), TMA=run.copies,  ALIGN=aligned(q, k, v, grad),
+        BM=run.rows, BN=run.keys, MASKED=_masked(rule, way, run),  ALIGN=aligned(q, k, v, grad),
         **_sizes(q, v), **run.options,
     )  # fmt: skip
     return dq, dk, dv

@@ -109,9 +109,9 @@ def gathered(x, b, h, i, kept, s0, s1, s2, D: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def find(Tiles, head, tile, blocks, MP: tl.constexpr):
-    """The block that a tile of a head belongs to, its first tile, and whether there is such a tile."""
-    n = tl.arange(0, MP)
+def find(Tiles, head, tile, blocks):
+    """The block that a tile of a head belongs to, of at most 2048, its first tile, and whether there is such a tile."""
+    n = tl.arange(0, 2048)
     base = Tiles + head.to(tl.int64) * (blocks + 1)
     begins = tl.load(base + n, mask=n < blocks, other=2147483647)
     m = tl.sum((begins <= tile).to(tl.int32), 0) - 1
@@ -133,7 +133,7 @@ def forward(
     Q, K, V, Slots, Starts, Counts, Tiles, Parts, Levels, Lo, Hi, From, To, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, i0, heads, groups, rows, keys, size, blocks, choices, most,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    MP: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Parts (b h, L T, E) and Levels (b h, L T): each slot over the keys of its block, for BM slots of a block."""
     if ALIGN:
@@ -144,7 +144,7 @@ def forward(
     head = pid // most
     b, h = head // heads, head % heads
     g = h // (heads // groups)
-    m, begin, there = find(Tiles, head, pid % most, blocks, MP)
+    m, begin, there = find(Tiles, head, pid % most, blocks)
     if there:
         place = (pid % most - begin) * BM + tl.arange(0, BM)
         kept = place < tl.load(Counts + head * blocks + m)
@@ -240,7 +240,7 @@ def backward_queries(
     Q, K, V, Grad, Lse, Delta, Slots, Starts, Counts, Tiles, Parts, Lo, Hi, From, To, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, i0, heads, groups, rows, keys, size, blocks, choices, most,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    MP: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Parts (b h, L T, D): what each slot adds to the gradient of its query."""
     if ALIGN:
@@ -252,7 +252,7 @@ def backward_queries(
     head = pid // most
     b, h = head // heads, head % heads
     g = h // (heads // groups)
-    m, begin, there = find(Tiles, head, pid % most, blocks, MP)
+    m, begin, there = find(Tiles, head, pid % most, blocks)
     if there:
         place = (pid % most - begin) * BM + tl.arange(0, BM)
         kept = place < tl.load(Counts + head * blocks + m)
@@ -288,7 +288,7 @@ def backward_keys(
     Q, K, V, Grad, Lse, Delta, DK, DV, Slots, Starts, Counts, Lo, Hi, From, To, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, i0, heads, groups, rows, keys, size, blocks, choices, most,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Add to DK and DV (b, g, S, .) what the slots of each block bring: one program for BN keys of one block.
 
@@ -315,14 +315,13 @@ def backward_keys(
         h = g * (heads // groups) + r
         own = b * heads + h
         number = tl.load(Counts + own * blocks + m)
-        start = tl.load(Starts + own * blocks + m)
-        first = own.to(tl.int64) * rows * choices + start
+        first = own * (rows * choices) + tl.load(Starts + own * blocks + m)
+        lse, delta = row_stats(Lse, Delta, first, pid * 0, number, BM)
         for n in tl.range(0, number, BM):
             kept = n + tl.arange(0, BM) < number
             i = tl.load(Slots + first + n + tl.arange(0, BM), mask=kept, other=0) // choices
             q = gathered(Q, b, h, i, kept, q0, q1, q2, D, DIM)
             grad = gathered(Grad, b, h, i, kept, g0, g1, g2, E, EDIM)
-            lse, delta = row_stats(Lse, Delta, own, n, rows * choices, start, number, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
                 s = tl.where(tl.trans(allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)), s, float("-inf"))
@@ -331,6 +330,7 @@ def backward_keys(
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=WIDE)
+            lse, delta = row_stats(Lse, Delta, first, n + BM, number, BM)
     inside = (key < end) & (key < keys)
     d, e = tl.arange(0, D), tl.arange(0, E)
     row = (head.to(tl.int64) * keys + key)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +49,8 @@ def missing(device: str) -> str:
 
 @functools.cache
 def interpreted() -> bool:
-    """True when Triton runs its kernels as Python, on any device."""
-    if importlib.util.find_spec("triton") is None:
+    """True when Triton runs its kernels as Python, on any device: its own variable says so before it is imported."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return False
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -120,17 +121,6 @@ def described(x: Tensor, rows: int, copies: bool) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[-1])])
-
-
-def described_rows(x: Tensor, rows: int, copies: bool) -> Any:
-    """One number a row, x (..., n), as the copy engine loads `rows` of them; lines start at multiples of 16 bytes."""
-    if not copies:
-        return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    lines, count = x.numel() // x.shape[-1], x.shape[-1]
-    x = torch.nn.functional.pad(x, (0, -count % 4)) if count % 4 else x
-    return TensorDescriptor(x, [lines, count], [x.shape[-1], 1], [1, rows])
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -249,8 +239,8 @@ def backward(
     lists, sizes = table_arguments(table, table.by_key)
     sparse_triton.backward_keys[(-(-keys // run.keys) * b * g,)](
         described(q, run.rows, run.copies), described(k, run.keys, run.copies), described(v, run.keys, run.copies),
-        described(grad, run.rows, run.copies), described_rows(lse, run.rows, run.copies),
-        described_rows(delta, run.rows, run.copies), described(dk, run.keys, run.copies),
+        described(grad, run.rows, run.copies), lse,
+        delta, described(dk, run.keys, run.copies),
         described(dv, run.keys, run.copies), *lists, scale * LOG2E,
         *steps, *sizes, h, g, rows, keys,
         BM=run.rows, BN=run.keys, TMA=run.copies, **run.options, **common,

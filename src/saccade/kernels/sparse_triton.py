@@ -118,17 +118,17 @@ def forward(
     n = first // ROWS
     i = first + tl.arange(0, BM)
     row = (first % ROWS + tl.arange(0, BM))[:, None]
+    q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, TMA)
     listed = b * t0 + h * t1 + n.to(tl.int64) * width
     counted = b * c0 + h * c1 + n
-    soon = tl.load(Index + listed)
     whole = tl.load(Full + counted) * (SIZE // BN)
     last = tl.load(Count + counted) * (SIZE // BN)
-    lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
-    hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
-    q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, TMA)
     top = tl.full([BM], float("-inf"), WIDE)
     total = tl.zeros([BM], WIDE)
     acc = tl.zeros([BM, E], WIDE)
+    lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
+    hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
+    soon = tl.load(Index + listed)
     for t in tl.range(0, last):
         at = tl.multiple_of(soon * SIZE + t % (SIZE // BN) * BN, BN)
         soon = tl.load(Index + listed + tl.minimum((t + 1) // (SIZE // BN), width - 1))
@@ -166,21 +166,12 @@ def row_products(
 
 
 @triton.jit
-def row_stats(Lse, Delta, head, first, length, shift, end, N: tl.constexpr, TMA: tl.constexpr):
-    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows [first, first + N), below `end`.
-
-    They stand `shift` numbers into the `length` numbers of a head.
-    """
+def row_stats(Lse, Delta, base, first, end, N: tl.constexpr):
+    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows [first, first + N) of a head."""
     i = first + tl.arange(0, N)
-    if TMA:
-        lse = Lse.load([head, shift + first]).reshape(N)
-        delta = Delta.load([head, shift + first]).reshape(N)
-    else:
-        base = head.to(tl.int64) * length + shift
-        lse = tl.load(Lse + base + i, mask=i < end, other=float("-inf"))
-        delta = tl.load(Delta + base + i, mask=i < end, other=0.0)
-    there = (i < end) & (lse > float("-inf"))
-    return tl.where(there, lse * LOG2E, float("inf")), tl.where(there, delta, 0.0)
+    lse = tl.load(Lse + base + i, mask=i < end, other=float("-inf"))
+    delta = tl.load(Delta + base + i, mask=i < end, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
 
 
 @triton.jit(do_not_specialize=[*SIZES, "g0", "g1", "g2"])
@@ -206,17 +197,17 @@ def backward_queries(
     n = first // ROWS
     i = first + tl.arange(0, BM)
     row = (first % ROWS + tl.arange(0, BM))[:, None]
-    listed = b * t0 + h * t1 + n.to(tl.int64) * width
-    counted = b * c0 + h * c1 + n
-    soon = tl.load(Index + listed)
-    whole = tl.load(Full + counted) * (SIZE // BN)
-    last = tl.load(Count + counted) * (SIZE // BN)
-    lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
-    hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
-    lse, delta = row_stats(Lse, Delta, head, first, rows, 0, rows, BM, False)
     q = read(Q, b, h, first, q0, q1, q2, rows, BM, D, DIM, True, TMA)
     grad = read(Grad, b, h, first, g0, g1, g2, rows, BM, E, EDIM, True, TMA)
+    lse, delta = row_stats(Lse, Delta, head.to(tl.int64) * rows, first, rows, BM)
+    listed = b * t0 + h * t1 + n.to(tl.int64) * width
+    counted = b * c0 + h * c1 + n
+    whole = tl.load(Full + counted) * (SIZE // BN)
+    last = tl.load(Count + counted) * (SIZE // BN)
     acc = tl.zeros([BM, D], WIDE)
+    lo = tl.load(Lo + b * i0 + i, mask=i < rows, other=0)
+    hi = tl.load(Hi + b * i0 + i, mask=i < rows, other=0)
+    soon = tl.load(Index + listed)
     for t in tl.range(0, last):
         at = tl.multiple_of(soon * SIZE + t % (SIZE // BN) * BN, BN)
         soon = tl.load(Index + listed + tl.minimum((t + 1) // (SIZE // BN), width - 1))
@@ -266,17 +257,18 @@ def backward_keys(
     dv = tl.zeros([BN, E], WIDE)
     for r in range(heads // groups):
         h = g * (heads // groups) + r
+        base = (b * heads + h).to(tl.int64) * rows
         listed = b * t0 + h * t1 + m.to(tl.int64) * width
         counted = b * c0 + h * c1 + m
         whole = tl.load(Full + counted) * (ROWS // BM)
         last = tl.load(Count + counted) * (ROWS // BM)
         soon = tl.load(Index + listed)
+        lse, delta = row_stats(Lse, Delta, base, soon * ROWS, rows, BM)
         for t in tl.range(0, last):
             at = tl.multiple_of(soon * ROWS + t % (ROWS // BM) * BM, BM)
             soon = tl.load(Index + listed + tl.minimum((t + 1) // (ROWS // BM), width - 1))
             q = read(Q, b, h, at, q0, q1, q2, rows, BM, D, DIM, True, TMA)
             grad = read(Grad, b, h, at, g0, g1, g2, rows, BM, E, EDIM, True, TMA)
-            lse, delta = row_stats(Lse, Delta, b * heads + h, at, rows, 0, rows, BM, TMA)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if t >= whole:
                 row = t % (ROWS // BM) * BM + tl.arange(0, BM)
@@ -291,6 +283,7 @@ def backward_keys(
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=WIDE)
+            lse, delta = row_stats(Lse, Delta, base, soon * ROWS + (t + 1) % (ROWS // BM) * BM, rows, BM)
     write(DK, dk * (scale * LN2), b, g, first, groups, keys, BN, D, DIM, TMA)
     write(DV, dv, b, g, first, groups, keys, BN, E, EDIM, TMA)
 
