@@ -58,7 +58,14 @@ def wanted(pairs: Pairs, place: Place, batch: int) -> torch.Tensor:
 @pytest.mark.parametrize("text", MASKS)
 @pytest.mark.parametrize(("rows", "keys", "high", "wide", "offset", "start", "ends"), PLACES)
 def test_a_table_holds_the_pairs_of_its_mask(
-    text: str, rows: int, keys: int, high: int, wide: int, offset: int | None, start: int, ends: list[int] | None
+    text: str,
+    rows: int,
+    keys: int,
+    high: int,
+    wide: int,
+    offset: int | None,
+    start: int,
+    ends: list[int] | None,
 ) -> None:
     place = Place(rows, keys, offset, start, None if ends is None else torch.tensor(ends))
     table = table_of(pairs_of(text), place, high, wide)
@@ -92,7 +99,9 @@ def test_bits_of_masks_by_distance_are_drawn_once_a_diagonal() -> None:
     assert table.nbytes < 4096 * 4096 // 8
 
 
-def chosen_pairs(chosen: Blocks, place: Place, limit: Pairs, allow: Pairs | None, b: int, h: int) -> torch.Tensor:
+def chosen_pairs(
+    chosen: Blocks, place: Place, limit: Pairs, allow: Pairs | None, b: int, h: int
+) -> torch.Tensor:
     i, j = torch.arange(place.length), torch.arange(place.keys)
     found = chosen.exist(slice(0, place.length), j, j)[b, h]
     if allow is not None:
@@ -102,7 +111,9 @@ def chosen_pairs(chosen: Blocks, place: Place, limit: Pairs, allow: Pairs | None
 
 @pytest.mark.parametrize("allow", [None, Chunk(64), Window(20)])
 @pytest.mark.parametrize(("rows", "size"), [(64, 64), (128, 64), (64, 256), (256, 128), (1, 64), (1, 128)])
-def test_a_choice_of_blocks_under_a_limit_united_with_a_mask(rows: int, size: int, allow: Pairs | None) -> None:
+def test_a_choice_of_blocks_under_a_limit_united_with_a_mask(
+    rows: int, size: int, allow: Pairs | None
+) -> None:
     length = 300
     g = torch.Generator().manual_seed(0)
     shape = (2, 3, -(-length // rows), 2)
@@ -140,7 +151,9 @@ def test_bits_have_a_limit() -> None:
 def test_a_repeated_or_missing_block_is_found() -> None:
     index = torch.tensor([[[[0, 2], [1, 1]]]])
     valid = torch.ones_like(index, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"block 1 was chosen twice at \(0, 0, 1\)|block 1 was chosen twice at \[0, 0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"block 1 was chosen twice at \(0, 0, 1\)|block 1 was chosen twice at \[0, 0, 1\]"
+    ):
         check_blocks(Blocks(index, valid, 8), 24)
     with pytest.raises(ValueError, match="2 blocks of 8, 0 to 1"):
         check_blocks(Blocks(index, valid, 8), 16)

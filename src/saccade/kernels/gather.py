@@ -16,6 +16,7 @@ from saccade.kernels.sparse_run import LOG2E, Launch, aligned, described, padded
 from saccade.kernels.table import BlockTable
 
 MOST_BLOCKS = 2048
+SPAN = 128
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,16 @@ def route(index: Tensor, blocks: int, size: int) -> Routed:
     from saccade.kernels import gather_triton
 
     b, h, rows, choices = index.shape
-    tile = _rows(blocks)
-    tiles = -(-rows // tile)
-    hist = torch.empty(b * h, tiles, blocks, dtype=torch.int32, device=index.device)
-    meta = {"BM": tile, "MP": padded(blocks), "num_warps": _warps(blocks, tile)}
-    gather_triton.count[(tiles * b * h,)](index, hist, rows, blocks, choices, **meta)
+    spans, tile = -(-rows // SPAN), _rows(blocks)
+    hist = torch.empty(b * h, spans, blocks, dtype=torch.int32, device=index.device)
+    meta = {"SPAN": SPAN, "BM": tile, "MP": padded(blocks), "num_warps": _warps(blocks, tile)}
+    gather_triton.count[(spans * b * h,)](index, hist, rows, blocks, choices, **meta)
     running = hist.cumsum(1, dtype=torch.int32)
     counts = running[:, -1].contiguous()
     starts = counts.cumsum(1, dtype=torch.int32) - counts
     slots = torch.zeros(b * h, rows * choices, dtype=torch.int32, device=index.device)
     base = running - hist + starts[:, None]
-    gather_triton.place[(tiles * b * h,)](index, base, slots, rows, blocks, choices, **meta)
+    gather_triton.place[(spans * b * h,)](index, base, slots, rows, blocks, choices, **meta)
     return Routed(index, slots, starts, counts, size)
 
 

@@ -61,39 +61,47 @@ def choose(
         s = tl.where(n[None, :] == which[:, None], float("-inf"), s)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "choices"])
-def count(Index, Hist, rows, blocks, choices, BM: tl.constexpr, MP: tl.constexpr):
-    """Hist (b h, tiles, blocks): how often each block is chosen in a tile of BM rows."""
-    tiles = (rows + BM - 1) // BM
-    pid = tl.program_id(0)
-    head = (pid // tiles).to(tl.int64)
-    i = pid % tiles * BM + tl.arange(0, BM)
+@triton.jit
+def chosen(Index, head, i, rows, choices, BM: tl.constexpr, MP: tl.constexpr):
+    """Whether rows i chose each block, (BM, MP) of 0 and 1."""
     n = tl.arange(0, MP)
     taken = tl.zeros([BM, MP], tl.int32)
     for t in range(choices):
         which = tl.load(Index + (head * rows + i) * choices + t, mask=i < rows, other=-1)
         taken += (n[None, :] == which[:, None]).to(tl.int32)
-    tl.store(Hist + pid.to(tl.int64) * blocks + n, tl.sum(taken, 0), mask=n < blocks)
+    return taken
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "choices"])
-def place(Index, Base, Slots, rows, blocks, choices, BM: tl.constexpr, MP: tl.constexpr):
-    """Slots (b h, L T): the slots of each block side by side, given where those of each tile begin, Base like Hist."""
-    tiles = (rows + BM - 1) // BM
+def count(Index, Hist, rows, blocks, choices, SPAN: tl.constexpr, BM: tl.constexpr, MP: tl.constexpr):
+    """Hist (b h, spans, blocks): how often each block is chosen by SPAN rows, BM at a time."""
+    spans = (rows + SPAN - 1) // SPAN
     pid = tl.program_id(0)
-    head = (pid // tiles).to(tl.int64)
-    i = pid % tiles * BM + tl.arange(0, BM)
+    head = (pid // spans).to(tl.int64)
     n = tl.arange(0, MP)
-    taken = tl.zeros([BM, MP], tl.int32)
-    for t in range(choices):
-        which = tl.load(Index + (head * rows + i) * choices + t, mask=i < rows, other=-1)
-        taken += (n[None, :] == which[:, None]).to(tl.int32)
+    total = tl.zeros([MP], tl.int32)
+    for first in range(pid % spans * SPAN, pid % spans * SPAN + SPAN, BM):
+        total += tl.sum(chosen(Index, head, first + tl.arange(0, BM), rows, choices, BM, MP), 0)
+    tl.store(Hist + pid.to(tl.int64) * blocks + n, total, mask=n < blocks)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "choices"])
+def place(Index, Base, Slots, rows, blocks, choices, SPAN: tl.constexpr, BM: tl.constexpr, MP: tl.constexpr):
+    """Slots (b h, L T): the slots of each block side by side, given where those of each span begin, Base like Hist."""
+    spans = (rows + SPAN - 1) // SPAN
+    pid = tl.program_id(0)
+    head = (pid // spans).to(tl.int64)
+    n = tl.arange(0, MP)
     base = tl.load(Base + pid.to(tl.int64) * blocks + n, mask=n < blocks, other=0)
-    spot = tl.cumsum(taken, 0) - taken + base[None, :]
-    for t in range(choices):
-        which = tl.load(Index + (head * rows + i) * choices + t, mask=i < rows, other=-1)
-        mine = tl.sum(tl.where(n[None, :] == which[:, None], spot, 0), 1)
-        tl.store(Slots + head * rows * choices + mine, i * choices + t, mask=(i < rows) & (which >= 0))
+    for first in range(pid % spans * SPAN, pid % spans * SPAN + SPAN, BM):
+        i = first + tl.arange(0, BM)
+        taken = chosen(Index, head, i, rows, choices, BM, MP)
+        spot = tl.cumsum(taken, 0) - taken + base[None, :]
+        for t in range(choices):
+            which = tl.load(Index + (head * rows + i) * choices + t, mask=i < rows, other=-1)
+            mine = tl.sum(tl.where(n[None, :] == which[:, None], spot, 0), 1)
+            tl.store(Slots + head * rows * choices + mine, i * choices + t, mask=(i < rows) & (which >= 0))
+        base += tl.sum(taken, 0)
 
 
 @triton.jit
@@ -324,7 +332,9 @@ def backward_keys(
             grad = gathered(Grad, b, h, i, kept, g0, g1, g2, E, EDIM)
             s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=WIDE)
             if MASKED:
-                s = tl.where(tl.trans(allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)), s, float("-inf"))
+                s = tl.where(
+                    tl.trans(allowed(Lo, Hi, From, To, b, i0, i, kept, key[None, :], end)), s, float("-inf")
+                )
             p = tl.exp2(s * scale - lse[None, :])
             dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee", out_dtype=WIDE)
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=WIDE)
