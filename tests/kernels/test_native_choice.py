@@ -14,7 +14,8 @@ from kernels.test_native import close
 from saccade import native
 from saccade.kernels import native_choice
 from saccade.parts.pair import Context
-from saccade.parts.select import Blocks, TopBlocks
+from saccade.parts.select import TopBlocks
+from saccade.parts.selection import Blocks
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"the native engine {native.reason()}")
 

@@ -24,7 +24,7 @@ from saccade.kernels.fold import Fold
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.mask import Causal, Chunk, Full, Pairs, split, static_exist
 from saccade.parts.pair import Context, Program
-from saccade.parts.select import TopBlocks
+from saccade.parts.select import Choice, TopBlocks
 from saccade.parts.selection import Blocks
 
 TILES = (64, 4096)
@@ -282,9 +282,9 @@ def backward(
     return dq, dk, dv
 
 
-def _chosen(select: TopBlocks, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
+def _chosen(select: Choice, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
     """Rows that choose a block, summed over the blocks of a head, and the rows of their tiles, for even choices."""
-    size, blocks = select.block, -(-keys // select.block)
+    size, blocks = select.size, -(-keys // select.size)
     choices = select.keep.most(blocks)
     height = _tile_height(rows * choices / max(1, blocks))
     counts, later = [rows * choices / max(1, blocks)] * blocks, 0.0

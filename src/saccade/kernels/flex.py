@@ -12,6 +12,7 @@ from torch import Tensor
 from saccade.cost import Cost, Request, Shape
 from saccade.kernels.base import Kernel
 from saccade.kernels.chunk import ChunkKernel, softmax_only, tile_area
+from saccade.kernels.sparse_run import missing
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.parts.logits import StaticBias
 from saccade.parts.mask import Causal, Full, static_exist
@@ -59,6 +60,8 @@ class FlexKernel(Kernel):
             why.append("head sizes are 16, 32, 64 or 128")
         if isinstance(m, Pairwise) and not m.logits and m.pairs in (Full(), Causal()):
             why.append("sdpa runs the same without a compiler")
+        elif isinstance(m, Pairwise) and not m.logits and r.device == "cuda" and not missing(r.device):
+            why.append("sparse runs the same, and compiles nothing anew for another mask or length")
         if not why and isinstance(m, Pairwise):
             why += verified(m, r.dtype, r.grad, s.head_dim, s.value_dim, s.heads // s.kv_heads)
         return why

@@ -26,7 +26,7 @@ def block_mean(x: Tensor, size: int, valid: Tensor | None) -> Tensor:
     if size == 1 and valid is None:
         return x.to(wide)
     if valid is None:
-        sums = pad(x, (0, 0, 0, short)).unflatten(2, (-1, size)).sum(3, dtype=wide)
+        sums = (pad(x, (0, 0, 0, short)) if short else x).unflatten(2, (-1, size)).sum(3, dtype=wide)
         count = torch.full((sums.shape[2], 1), size, device=x.device, dtype=wide)
         if short:
             count[-1] = size - short
