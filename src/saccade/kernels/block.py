@@ -281,7 +281,7 @@ def backward(
     return dq, dk, dv
 
 
-def _chosen(select: TopBlocks, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
+def chosen_rows(select: TopBlocks, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
     """Rows that choose a block, summed over the blocks of a head, and the rows of their tiles, for even choices."""
     size, blocks = select.block, -(-keys // select.block)
     choices = min(select.top, blocks)
@@ -339,7 +339,7 @@ class BlockKernel(Kernel):
         blocks = -(-s.keys // select.block)
         choices = min(select.top, blocks)
         stacks = s.batch * s.heads
-        chosen, tiled = _chosen(select, limit, s.length, s.keys)
+        chosen, tiled = chosen_rows(select, limit, s.length, s.keys)
         positional = _positional_area(limit, allow, select.block, r)
         area = stacks * (tiled * select.block + positional)
         gate = 2 * stacks * s.length * blocks * s.head_dim

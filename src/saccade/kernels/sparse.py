@@ -12,7 +12,7 @@ from saccade.cost import Cost, Request
 from saccade.errors import NotSupported
 from saccade.kernels import gather, sparse_run
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
-from saccade.kernels.block import _chosen
+from saccade.kernels.block import chosen_rows
 from saccade.kernels.chunk import softmax_only, tile_area
 from saccade.kernels.decode import ROWS
 from saccade.kernels.extent import interval
@@ -76,7 +76,7 @@ class SparseKernel(Kernel):
             select = selects[0]
             assert isinstance(select, TopBlocks)
             count = -(-s.keys // select.block)
-            rows = _chosen(select, limit, s.length, s.keys)[0]
+            rows = chosen_rows(select, limit, s.length, s.keys)[0]
             area = rows * select.block
             area += tile_area(limit & allow, s.length, s.keys, BLOCK, SLAB)[0] if allow is not None else 0
             gate = 2 * stacks * s.length * count * s.head_dim
