@@ -282,7 +282,7 @@ def backward(
     return dq, dk, dv
 
 
-def _chosen(select: Choice, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
+def chosen_rows(select: Choice, limit: Pairs, rows: int, keys: int) -> tuple[int, int]:
     """Rows that choose a block, summed over the blocks of a head, and the rows of their tiles, for even choices."""
     size, blocks = select.size, -(-keys // select.size)
     choices = select.keep.most(blocks)
@@ -342,7 +342,7 @@ class BlockKernel(Kernel):
         blocks = -(-s.keys // select.block)
         choices = select.keep.most(blocks)
         stacks = s.batch * s.heads
-        chosen, tiled = _chosen(select, limit, s.length, s.keys)
+        chosen, tiled = chosen_rows(select, limit, s.length, s.keys)
         positional = positional_area(limit, allow, select.block, r)
         area = stacks * (tiled * select.block + positional)
         flops = 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)

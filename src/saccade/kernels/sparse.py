@@ -12,7 +12,7 @@ from saccade.cost import Cost, Request
 from saccade.errors import NotSupported
 from saccade.kernels import routed, sparse_run
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
-from saccade.kernels.block import _chosen
+from saccade.kernels.block import chosen_rows
 from saccade.kernels.chunk import softmax_only, tile_area
 from saccade.kernels.decode import ROWS
 from saccade.kernels.extent import interval
@@ -80,7 +80,7 @@ class SparseKernel(Kernel):
             select = selects[0]
             assert isinstance(select, Choice)
             count = -(-s.keys // select.size)
-            rows = _chosen(select, limit, s.length, s.keys)[0]
+            rows = chosen_rows(select, limit, s.length, s.keys)[0]
             area = rows * select.size
             area += tile_area(limit & allow, s.length, s.keys, BLOCK, SLAB)[0] if allow is not None else 0
             moved = stacks * rows * (s.head_dim + s.value_dim) * r.item
