@@ -45,14 +45,14 @@ def error(noise: float, text: str) -> float:
     return total
 
 
-@pytest.mark.parametrize("noise", [0.1, 0.3])
-def test_the_correction_removes_most_of_the_error(noise: float) -> None:
-    assert error(noise, f"rectified_spaattn({CHOICE})") <= 0.3 * error(noise, CHOICE)
+@pytest.mark.parametrize(("noise", "left"), [(0.1, 0.3), (0.3, 0.5)])
+def test_the_correction_removes_most_of_the_error(noise: float, left: float) -> None:
+    assert error(noise, f"rectified_spaattn({CHOICE})") <= left * error(noise, CHOICE)
 
 
 def test_uneven_blocks_gain_less() -> None:
     fixed, plain = error(1.0, f"rectified_spaattn({CHOICE})"), error(1.0, CHOICE)
-    assert 0.3 * plain < fixed < 0.8 * plain
+    assert 0.5 * plain < fixed < plain
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, block: int, top: int, rows: int, text: int) -> Tensor:
@@ -72,7 +72,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, block: int, top: int, rows: int
                     km, kd = ks.mean(0), (ks - ks.mean(0)).abs().mean(0)
                     scores.append(float(qm @ km * scale))
                     mass.append(len(tile) * torch.exp(qm @ km * scale))
-                    accept.append(float((qm @ km).abs()) > float(qd @ km + qm @ kd))
+                    accept.append(float((qm @ km).abs()) > float((qd @ km).abs() + (qm @ kd).abs()))
                 single = [torch.exp(qm @ k[b, g, t] * scale) for t in range(text)]
                 total = sum(mass) + sum(single)
                 # equal counts but for the last block: its keys weigh in the choice as well

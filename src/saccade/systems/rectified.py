@@ -42,7 +42,7 @@ def spread(x: Tensor, means: Tensor, size: int, valid: Tensor | None) -> Tensor:
 class Rectified(Mixer):
     """out = R sparse + sum_u P_u mean(v_u) over accepted blocks u, with P the proxy's mass of each block and R the rest of it.
 
-    A block outside the choice is accepted where |q.k| of its means exceeds the estimated error of pooling, dq.k + q.dk
+    A block outside the choice is accepted where |q.k| of its means exceeds the estimated error of pooling, |dq.k| + |q.dk|
     with d the mean absolute deviation; what is neither read nor accepted leaves its mass to the blocks read. The first
     `text_keys` keys are always read, one by one.
     """
@@ -117,7 +117,7 @@ class Rectified(Mixer):
         q, k = block_mean(c.q, rows, c.query_valid), block_mean(c.k, size, c.valid)
         dq, dk = spread(c.q, q, rows, c.query_valid), spread(c.k, k, size, c.valid)
         gain = grouped_matmul(q, k.mT).abs()
-        error = grouped_matmul(dq, k.mT) + grouped_matmul(q, dk.mT)
+        error = grouped_matmul(dq, k.mT).abs() + grouped_matmul(q, dk.mT).abs()
         units = k.shape[2]
         numbers = torch.arange(units, device=q.device)
         there = (self._counts(c, units) > 0) & (numbers * size >= self.text_keys)
