@@ -164,7 +164,7 @@ def test_wrong_requests_are_refused() -> None:
         sc.mechanism("landmark_attention(1)")
     with pytest.raises(sc.MechanismError, match="far=3 is for fetched blocks; give top"):
         sc.mechanism("landmark_attention(8, far=3)")
-    with pytest.raises(sc.MechanismError, match="far must be a whole number .*of at least 1, got 0"):
+    with pytest.raises(sc.MechanismError, match=r"far must be a whole number .*of at least 1, got 0"):
         sc.mechanism("landmark_attention(8, top=2, far=0)")
     with pytest.raises(sc.MechanismError, match="grouped_softmax needs key order"):
         sc.mechanism("grouped_softmax(8)")

@@ -62,7 +62,7 @@ class FetchKernel(Kernel):
         rows = min(s.length, _step(numbers * stacks, r.device))
         table = 3 * stacks * min(s.length, 1024) * -(-s.keys // select.size) * r.wide
         gathered = stacks * s.length * width * (s.head_dim + s.value_dim) * r.item
-        prepared = (2 * (q + k) * r.wide) // r.item
+        prepared = (3 * (q + k) * r.wide) // r.item
         choices = 9 * stacks * s.length * select.keep.most(-(-s.keys // select.size))
         return Cost(
             preparation_flops(m, r) + stacks * s.length * width * read,

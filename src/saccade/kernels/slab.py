@@ -177,6 +177,7 @@ class SlabKernel(Kernel):
         flops = flops * (4 if r.grad else 1) + preparation_flops(m, r)
         q, k, v, o = r.tensor_bytes()
         temporaries, steps = m.score.temporaries(s.head_dim), len(m.logits) + len(m.reweight) + len(m.value)
+        steps += m.normalizer.temporaries
         tile = stacks * largest * r.wide
         peak = q + max(2 * o, o + tile * max(temporaries + 1, 3 + steps))
         if r.grad:

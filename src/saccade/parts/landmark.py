@@ -35,6 +35,7 @@ class GroupedSoftmax(Normalizer):
     name = "grouped_softmax"
     needs = frozenset({"key order"})
     gives = frozenset({"positive"})
+    temporaries = 9
 
     def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, None]:
         assert t is not None

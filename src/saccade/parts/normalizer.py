@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Normalizer(Part):
     """Logits of a row to weights; owns its partial result."""
 
     kind = "normalizer"
+    temporaries: ClassVar[int] = 0  # numbers a pair that it holds besides logits and weights
 
     @property
     def has_lse(self) -> bool:
