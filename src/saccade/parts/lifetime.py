@@ -73,6 +73,7 @@ class LifetimeSoftmax(Normalizer):
     reach = "sweep"
     needs = frozenset({"key order"})
     gives = frozenset({"positive"})
+    held = (9, 12)
 
     @property
     def straight_through(self) -> bool:  # type: ignore[override]

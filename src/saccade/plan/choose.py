@@ -18,6 +18,7 @@ from saccade.kernels.block import BlockKernel
 from saccade.kernels.bucket import BucketKernel
 from saccade.kernels.chunk import ChunkKernel
 from saccade.kernels.decode import DecodeKernel
+from saccade.kernels.fetch import FetchKernel
 from saccade.kernels.flex import FlexKernel
 from saccade.kernels.gather import GatherKernel
 from saccade.kernels.grid import GridKernel
@@ -95,6 +96,7 @@ KERNELS: tuple[Kernel, ...] = (
     ChunkKernel(),
     BlockKernel(),
     GatherKernel(),
+    FetchKernel(),
     BucketKernel(),
     HashKernel(),
     GridKernel(),
