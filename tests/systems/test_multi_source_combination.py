@@ -46,7 +46,7 @@ def written_out(layer: sc.nn.MultiSourceAttention, x: Tensor, contexts: list[Ten
             own = [c[b] for c in contexts]
             if layer.mode == "serial":
                 for norm, reader, c in zip(layer.norms, layer.readers, own, strict=True):
-                    row = row + read(reader, norm(row), c)  # noqa: PLW2901
+                    row = row + read(reader, norm(row), c)
                 out.append(row)
                 continue
             q = layer.norms[0](row)
@@ -123,7 +123,9 @@ def test_rows_one_at_a_time_equal_the_whole(mode: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     layer, (x, contexts) = layer_of("parallel"), inputs()
-    with pytest.raises(ValueError, match="mode must be one of serial, parallel, flat, hierarchical, got 'sum'"):
+    with pytest.raises(
+        ValueError, match="mode must be one of serial, parallel, flat, hierarchical, got 'sum'"
+    ):
         layer_of("sum")
     with pytest.raises(ValueError, match="at least one source, got sources=0"):
         layer_of("flat", sources=0)

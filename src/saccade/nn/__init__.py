@@ -4,6 +4,7 @@ from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
+from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -41,10 +42,12 @@ __all__ = [
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
+    "ExpertState",
     "GINAdapter",
     "GINAttention",
     "GatedConv",
     "GaussianGate",
+    "GraphExperts",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
@@ -71,6 +74,7 @@ __all__ = [
     "SkimAttention",
     "Skimformer",
     "SpanConvAttention",
+    "SparseExperts",
     "SpatialGate",
     "SuperAttention",
     "Transformer",
@@ -82,6 +86,7 @@ __all__ = [
     "convert",
     "head_scales",
     "path_attention",
+    "route_flips",
     "skimming_mask",
     "tune_head_scales",
 ]

@@ -59,7 +59,9 @@ class MultiSourceAttention(nn.Module):
             raise ValueError(
                 f"present must be boolean ({len(x)}, {self.sources}), got {there.dtype} {tuple(there.shape)}"
             )
-        sizes = [self._size(c, n, there[:, at]) for at, (c, n) in enumerate(zip(contexts, lengths, strict=True))]
+        sizes = [
+            self._size(c, n, there[:, at]) for at, (c, n) in enumerate(zip(contexts, lengths, strict=True))
+        ]
         if self.mode == "serial":
             for norm, reader, context, size in zip(self.norms, self.readers, contexts, sizes, strict=True):
                 x = x + reader(norm(x), context, key_lengths=size)
