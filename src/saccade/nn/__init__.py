@@ -16,6 +16,7 @@ from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.multi_source import MultiSourceAttention
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
+from saccade.nn.pervasive import GridState, PervasiveAttention
 from saccade.nn.pointer import PointerNetwork
 from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
@@ -48,6 +49,7 @@ __all__ = [
     "GatedConv",
     "GaussianGate",
     "GraphExperts",
+    "GridState",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
@@ -59,6 +61,7 @@ __all__ = [
     "PPFAttention",
     "PathAttention",
     "PathState",
+    "PervasiveAttention",
     "PointMatcher",
     "PointerNetwork",
     "PositionalAttention",
