@@ -4,6 +4,7 @@ from saccade.nn import convert
 from saccade.nn.attention import Attention
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
+from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
@@ -32,6 +33,7 @@ from saccade.nn.variational import Readout, VariationalAttention
 
 __all__ = [
     "CBAM",
+    "DCAL",
     "ISAB",
     "MAB",
     "MPNN",
@@ -59,6 +61,7 @@ __all__ = [
     "MonotonicSeq2Seq",
     "MultiSourceAttention",
     "PPFAttention",
+    "PairBlock",
     "PathAttention",
     "PathState",
     "PervasiveAttention",
@@ -85,6 +88,7 @@ __all__ = [
     "VariationalAttention",
     "VirtualNodeLayer",
     "add_gin_adapters",
+    "attention_rollout",
     "choose_head_scale",
     "convert",
     "head_scales",
