@@ -5,7 +5,9 @@ from saccade.nn.attention import Attention
 from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
+from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.diffusion import MaskedDiffusion
+from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -18,6 +20,7 @@ from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.multi_source import MultiSourceAttention
 from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
+from saccade.nn.pervasive import GridState, PervasiveAttention
 from saccade.nn.pointer import PointerNetwork
 from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
@@ -34,6 +37,7 @@ from saccade.nn.variational import Readout, VariationalAttention
 
 __all__ = [
     "CBAM",
+    "DCAL",
     "ISAB",
     "MAB",
     "MPNN",
@@ -45,11 +49,14 @@ __all__ = [
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
+    "ExpertState",
     "GINAdapter",
     "GINAttention",
     "GatedConv",
     "GaussianGate",
     "GeometryBias",
+    "GraphExperts",
+    "GridState",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
@@ -62,8 +69,10 @@ __all__ = [
     "MonotonicSeq2Seq",
     "MultiSourceAttention",
     "PPFAttention",
+    "PairBlock",
     "PathAttention",
     "PathState",
+    "PervasiveAttention",
     "PointBridge",
     "PointMatcher",
     "PointerNetwork",
@@ -80,6 +89,7 @@ __all__ = [
     "SkimAttention",
     "Skimformer",
     "SpanConvAttention",
+    "SparseExperts",
     "SpatialGate",
     "SuperAttention",
     "SuperlinearAttention",
@@ -89,11 +99,13 @@ __all__ = [
     "VariationalAttention",
     "VirtualNodeLayer",
     "add_gin_adapters",
+    "attention_rollout",
     "choose_head_scale",
     "convert",
     "head_scales",
     "key_points",
     "path_attention",
+    "route_flips",
     "skimming_mask",
     "superlinear_attention",
     "tune_head_scales",
