@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint types systems bench clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard src/saccade/native/*.cpp src/saccade/native/*.h)
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -31,6 +33,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/pairwise.py
 	$(BIN)/python benchmarks/patterns.py
+	$(BIN)/python benchmarks/cpu_native.py
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) build demo src/saccade/native/*.so

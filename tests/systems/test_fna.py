@@ -89,8 +89,8 @@ def test_work_and_memory_follow_the_window_and_the_cells() -> None:
 
 def test_the_plan_takes_the_tiles() -> None:
     m = sc.mechanism("fna").on_grid((64, 64))
-    assert sc.plan(m, (1, 4, 4096, 32)).kernel == "grid"
-    assert sc.plan(m, (1, 4, 4096, 32), grad=True).kernel == "grid"
+    assert sc.plan(m, (1, 4, 4096, 32)).kernel in ("grid", "native")
+    assert sc.plan(m, (1, 4, 4096, 32), grad=True).kernel in ("grid", "native")
 
 
 def test_a_layer_takes_images() -> None:

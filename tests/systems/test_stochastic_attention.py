@@ -106,6 +106,6 @@ def test_work_is_linear_in_the_tokens() -> None:
     for n in (1024, 4096):
         q, k, v = qkv(1, 2, n, 16, dtype=torch.float32)
         text = f"causal + permuted(65, length={n})"
-        assert sc.plan(text, (1, 2, n, 16)).kernel == "grid"
+        assert sc.plan(text, (1, 2, n, 16)).kernel in ("grid", "native")
         counted.append(flops(lambda q=q, k=k, v=v, text=text: sc.attend(q, k, v, text)))
     assert 3.5 < counted[1] / counted[0] < 4.5

@@ -155,7 +155,7 @@ def lanes_expected(select: Choose, past: bool, rows: int, keys: int, most: int) 
 
 
 def state_bytes(m: Pairwise, r: Request) -> int:
-    """Bytes that a choice takes: its table of scores and its index, and the state of the rows in flight."""
+    """Bytes that a choice takes: its index, and the state of the rows in flight."""
     form, s = form_of(m), r.shape
     assert form is not None
     blocks = -(-s.keys // form[2].size)
@@ -163,4 +163,4 @@ def state_bytes(m: Pairwise, r: Request) -> int:
     index = 9 * stacks * s.length * choices
     rows = s.length if r.grad else min(s.length, RANGE)
     state = 4 * torch.get_num_threads() * rows * (max(s.head_dim, s.value_dim) + 2 + choices)
-    return index + max(state, 2 * stacks * min(1024, s.length) * blocks * 4)
+    return index + state

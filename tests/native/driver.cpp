@@ -1,0 +1,168 @@
+// Drives the engine for sanitizers: tails of every size, strides, few and many threads, both passes, chosen blocks; checks
+// each output against a double loop. Prints how many calls it made; any difference or report of a sanitizer is a failure.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "engine.h"
+
+namespace {
+
+std::mt19937 generator(0);
+
+std::vector<float> normal(size_t n) {
+    std::normal_distribution<float> draw;
+    std::vector<float> x(n);
+    for (float &v : x) v = draw(generator);
+    return x;
+}
+
+uint16_t narrowed(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float widened(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float found;
+    __builtin_memcpy(&found, &bits, 4);
+    return found;
+}
+
+// Numbers (batch, head, row, dim) with nothing to spare behind the last one.
+struct Numbers {
+    int64_t heads, rows, dim;
+    std::vector<float> single;
+    std::vector<uint16_t> half;
+    Numbers(int64_t b, int64_t h, int64_t n, int64_t d, bool bf16) : heads(h), rows(n), dim(d), single(normal(b * h * n * d)) {
+        if (!bf16) return;
+        for (float &x : single) {
+            half.push_back(narrowed(x));
+            x = widened(half.back());
+        }
+    }
+    saccade_array array() { return {half.empty() ? static_cast<void *>(single.data()) : half.data(), heads * rows * dim, rows * dim, dim}; }
+    float at(int64_t b, int64_t h, int64_t n, int64_t d) const {
+        const size_t i = ((b * heads + h) * rows + n) * dim + d;
+        return half.empty() ? single[i] : widened(half[i]);
+    }
+};
+
+int failures = 0;
+
+void expect(const char *what, double got, double want, double scale) {
+    if (std::fabs(got - want) <= scale * (1 + std::fabs(want))) return;
+    if (failures++ < 10) std::printf("%s: got %g, want %g\n", what, got, want);
+}
+
+void run(bool bf16, int isa, int threads, int64_t b, int64_t h, int64_t g, int64_t rows, int64_t keys, int64_t d, int64_t e, int window,
+         int choices) {
+    Numbers q(b, h, rows, d, bf16), k(b, g, keys, d, bf16), v(b, g, keys, e, bf16), out(b, h, rows, e, bf16), grad(b, h, rows, e, bf16);
+    Numbers dq(b, h, rows, d, bf16), dk(b, g, keys, d, bf16), dv(b, g, keys, e, bf16);
+    std::vector<float> lse(b * h * rows), delta(b * h * rows), dlse = normal(b * h * rows);
+    std::vector<int32_t> lo(rows), hi(rows), all_lo(rows, 0), all_hi(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = i + keys - rows;
+        hi[i] = static_cast<int32_t>(std::max<int64_t>(0, at + 1));
+        lo[i] = window ? std::max<int32_t>(0, hi[i] - window) : 0;
+        all_hi[i] = hi[i];
+    }
+    const int64_t block = 7, blocks = (keys + block - 1) / block;
+    std::vector<int64_t> index(b * h * rows * choices);
+    std::vector<uint8_t> valid(b * h * rows * choices);
+    std::vector<float> vectors = normal(b * g * blocks * d);
+    std::vector<int32_t> bound(rows);
+    for (int64_t i = 0; i < rows; ++i) bound[i] = static_cast<int32_t>(std::max<int64_t>(0, i + keys - rows) / block);
+    saccade_part part{};
+    part.slots = rows;
+    part.lo = lo.data();
+    part.hi = hi.data();
+    part.intervals = 1;
+    saccade_call c{};
+    c.bf16 = bf16;
+    c.batch = b, c.heads = h, c.kv_heads = g, c.rows = rows, c.keys = keys, c.dim = d, c.value_dim = e;
+    c.q = q.array(), c.k = k.array(), c.v = v.array(), c.out = out.array(), c.grad = grad.array();
+    c.dq = dq.array(), c.dk = dk.array(), c.dv = dv.array();
+    c.lse = lse.data(), c.delta = delta.data(), c.dlse = dlse.data();
+    c.scale = 1 / std::sqrt(static_cast<float>(d));
+    c.isa = isa, c.threads = threads;
+    c.part = &part, c.parts = 1;
+    if (choices) {
+        const saccade_choice choice{vectors.data(), blocks, choices, bound.data(), 0, index.data(), valid.data()};
+        if (saccade_choose(&c, &choice)) std::exit(2);
+        c.index = index.data(), c.valid = valid.data();
+        c.choices = choices, c.block = block, c.choice_rows = 1;
+        c.limit_lo = all_lo.data(), c.limit_hi = all_hi.data();
+    }
+    if (saccade_forward(&c) || saccade_backward(&c)) std::exit(2);
+    const double rough = bf16 ? 4e-2 : 1e-4;
+    std::vector<double> want_k(b * g * keys * d), want_v(b * g * keys * e);
+    for (int64_t n = 0; n < b; ++n)
+        for (int64_t m = 0; m < h; ++m)
+            for (int64_t i = 0; i < rows; ++i) {
+                const int64_t o = m * g / h, line = (n * h + m) * rows + i;
+                std::vector<double> s(keys, -INFINITY);
+                double top = -INFINITY, total = 0;
+                for (int64_t j = 0; j < keys; ++j) {
+                    bool there = lo[i] <= j && j < hi[i];
+                    for (int t = 0; t < choices; ++t)
+                        there |= valid[line * choices + t] && index[line * choices + t] == j / block && j < all_hi[i];
+                    if (!there) continue;
+                    s[j] = 0;
+                    for (int64_t x = 0; x < d; ++x) s[j] += static_cast<double>(q.at(n, m, i, x)) * k.at(n, o, j, x);
+                    s[j] *= c.scale;
+                    top = std::max(top, s[j]);
+                }
+                for (double x : s) total += x == -INFINITY ? 0 : std::exp(x - top);
+                std::vector<double> y(e), step(d);
+                double less = -dlse[line];
+                for (int64_t j = 0; j < keys; ++j)
+                    for (int64_t x = 0; x < e && s[j] != -INFINITY; ++x) y[x] += std::exp(s[j] - top) / total * v.at(n, o, j, x);
+                for (int64_t x = 0; x < e; ++x) {
+                    expect("out", out.at(n, m, i, x), y[x], rough);
+                    less += static_cast<double>(grad.at(n, m, i, x)) * out.at(n, m, i, x);
+                }
+                if (total) expect("lse", lse[line], top + std::log(total), 1e-4);
+                for (int64_t j = 0; j < keys; ++j) {
+                    if (s[j] == -INFINITY) continue;
+                    const double p = std::exp(s[j] - top) / total;
+                    double dp = 0;
+                    for (int64_t x = 0; x < e; ++x) {
+                        dp += static_cast<double>(grad.at(n, m, i, x)) * v.at(n, o, j, x);
+                        want_v[((n * g + o) * keys + j) * e + x] += p * grad.at(n, m, i, x);
+                    }
+                    const double ds = p * (dp - less) * c.scale;
+                    for (int64_t x = 0; x < d; ++x) {
+                        step[x] += ds * k.at(n, o, j, x);
+                        want_k[((n * g + o) * keys + j) * d + x] += ds * q.at(n, m, i, x);
+                    }
+                }
+                for (int64_t x = 0; x < d; ++x) expect("gradient of q", dq.at(n, m, i, x), step[x], 2 * rough);
+            }
+    for (int64_t n = 0; n < b * g * keys; ++n) {
+        for (int64_t x = 0; x < d; ++x) expect("gradient of k", dk.at(0, 0, n, x), want_k[n * d + x], 3 * rough);
+        for (int64_t x = 0; x < e; ++x) expect("gradient of v", dv.at(0, 0, n, x), want_v[n * e + x], 3 * rough);
+    }
+}
+
+}  // namespace
+
+int main() {
+    int calls = 0;
+    const int sizes[][2] = {{1, 1}, {7, 5}, {16, 16}, {34, 48}, {64, 64}};
+    for (int isa = 0; isa <= saccade_isa(); ++isa)
+        for (bool bf16 : {false, true})
+            for (int64_t rows : {1, 3, 17, 64, 70, 130})
+                for (const auto &size : sizes)
+                    for (int choices : {0, 3}) {
+                        const int64_t keys = rows == 3 ? 500 : rows + (rows == 70 ? 31 : 0);
+                        const int threads = 1 + calls % 4, window = calls % 3 ? 9 : 0;
+                        run(bf16, isa, threads, 1 + calls % 2, 4, calls % 2 ? 1 : 2, rows, keys, size[0], size[1], choices ? 9 : window, choices);
+                        ++calls;
+                    }
+    std::printf("%d calls, %d differences\n", calls, failures);
+    return failures != 0;
+}
