@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -43,17 +44,24 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="texts that hold this word; results are not written")
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="stop after so long; the rest is listed"
+    )
     options = parser.parse_args()
     from test_contract import PLAIN, SYSTEMS
 
     texts = [t for t in (*PLAIN, *SYSTEMS) if options.only in t]
-    rows, console = [], Console()
+    rows, console, end = [], Console(), time.monotonic() + options.seconds
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for row in pool.imap_unordered(held, [(t, options.device) for t in texts]):
-            rows.append(row)
-            console.print(
-                f"{len(rows)}/{len(texts)} {'held' if row['ok'] else 'FAILED'}  {row['mechanism']} {row['failed'] or ''}"
-            )
+        waiting = {pool.apply_async(held, ((t, options.device),)) for t in texts}
+        while waiting and time.monotonic() < end:
+            for job in [x for x in waiting if x.ready()]:
+                waiting.discard(job)
+                rows.append(row := job.get())
+                said = "held" if row["ok"] else "FAILED"
+                console.print(f"{len(rows)}/{len(texts)} {said}  {row['mechanism']} {row['failed'] or ''}")
+            time.sleep(0.2)
+        pool.terminate()
     if not options.only:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         document = {
@@ -63,6 +71,7 @@ def main() -> int:
             "machine": describe(options.device),
             "held": sum(bool(r["ok"]) for r in rows),
             "checked": len(rows),
+            "not_reached": [t for t in texts if t not in {r["mechanism"] for r in rows}],
             "mechanisms": sorted(rows, key=lambda r: texts.index(str(r["mechanism"]))),
         }
         path = FOLDER / f"contract_{options.device}.json"
