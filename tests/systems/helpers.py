@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import saccade as sc
+from saccade import native
 from saccade.tasks.text import Corpus
 
 FRESH = 1000  # seeds from here on were not used to choose settings
@@ -106,9 +107,9 @@ def text_loss(model: nn.Module, corpus: Corpus, length: int, windows: int = 256)
 
 def flops(call: Callable[[], Any]) -> int:
     """Matrix FLOPs that a call really does."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, native.counting() as engine, torch.no_grad():
         call()
-    return counter.get_total_flops()
+    return counter.get_total_flops() + engine.flops
 
 
 class _Largest(TorchDispatchMode):
