@@ -50,7 +50,17 @@ def drawn(rng: random.Random) -> list[str]:
             found.append(rng.choice(by_kind[kind]))
     if rng.random() < 0.15:  # the other family
         found = [
-            rng.choice(["causal + elu1 + ratio", "linear", "identity", "causal + identity + fixed_decay"])
+            rng.choice(
+                [
+                    "causal + elu1 + ratio",
+                    "linear",
+                    "identity",
+                    "causal + identity + fixed_decay",
+                    "causal + elu1 + ratio + channel_decay",
+                    "causal + identity + step_decay + step_write",
+                    "causal + identity + delta + gate_decay",
+                ]
+            )
         ]
         found += rng.sample(by_kind["tokens"] + by_kind["output"], 1)
     rng.shuffle(found)
@@ -122,7 +132,7 @@ def test_random_sums_equal_their_definition_or_are_refused(batch: int) -> None:
 
 
 def test_every_part_can_be_drawn() -> None:
-    drawable = SEVERAL.keys() | SINGLE.keys() | {"feature", "decay", "ratio"}
+    drawable = SEVERAL.keys() | SINGLE.keys() | {"feature", "decay", "write", "ratio"}
     assert {PARTS[name].kind for name in combine.words()} <= drawable
 
 

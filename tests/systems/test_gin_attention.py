@@ -33,10 +33,11 @@ def test_without_a_node_of_its_own_and_a_linear_map_it_is_attention(text: str) -
 def test_an_adapter_of_weight_zero_leaves_the_frozen_model_bit_for_bit(text: str) -> None:
     model = sc.nn.Transformer(11, dim=32, depth=2, heads=4, mechanism=text, max_length=20)
     tokens, lengths = torch.randint(0, 11, (3, 20)), torch.tensor([20, 9, 1])
-    before, padded = model(tokens), model(tokens, lengths)
-    tuned = sc.nn.add_gin_adapters(model, hidden=4)
-    assert torch.equal(model(tokens), before)
-    assert torch.equal(model(tokens, lengths), padded)
+    with torch.no_grad():  # a layer that trains may run another kernel, which rounds elsewhere
+        before, padded = model(tokens), model(tokens, lengths)
+        tuned = sc.nn.add_gin_adapters(model, hidden=4)
+        assert torch.equal(model(tokens), before)
+        assert torch.equal(model(tokens, lengths), padded)
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     assert learning == {id(p) for p in tuned}
     for block in model.blocks:

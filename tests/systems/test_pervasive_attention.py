@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from saccade.tasks.reverse import Reverse
 from torch import Tensor, nn
 
 import saccade as sc
+from saccade.tasks.copy import Copy
 from saccade.tasks.recall import SILENT, accuracy
 from systems.helpers import train
 
@@ -160,17 +160,17 @@ def test_what_it_cannot_do_is_refused() -> None:
 def reversed_strings(width: int, steps: int, length: int = 6, seed: int = 0) -> tuple[float, float]:
     """Accuracy of strings written backwards, and how often the pooling's greatest weight is at the token to be written."""
     torch.manual_seed(seed)
-    task, generator = Reverse(10, length, length), torch.Generator().manual_seed(seed)
+    task, generator = Copy(length, reverse=True), torch.Generator().manual_seed(seed)
     model = sc.nn.PervasiveAttention(task.vocab, 16, depth=3, growth=16, width=width, pooling="attention")
 
     def loss(step: int) -> Tensor:
-        source, _, target = task.batch(32, generator)
+        source, _, target = task.pairs(32, generator)
         logits = model(source, task.shifted(target))
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=SILENT)
 
     train(model.parameters(), loss, steps, rate=4e-3)
     model.eval()
-    source, _, target = task.batch(512, torch.Generator().manual_seed(seed + 1))
+    source, _, target = task.pairs(512, torch.Generator().manual_seed(seed + 1))
     with torch.no_grad():
         right = accuracy(model(source, task.shifted(target)), target)
         at = model.align(source, task.shifted(target))[:, :length].argmax(-1)

@@ -98,7 +98,7 @@ def _growth(m: sc.Mechanism, speed: Speed, device: str) -> str | None:
     try:
         few, many = (
             sc.plan(m, (speed.batch, speed.heads, n, speed.head_dim), device=device).cost.flops
-            for n in (max(speed.lengths) // 2, max(speed.lengths))
+            for n in (max(speed.lengths), 2 * max(speed.lengths))
         )
     except ValueError:
         return None

@@ -146,7 +146,9 @@ class NativeKernel(Kernel):
 
     def _no_choice(self, m: Pairwise, r: Request) -> list[str]:
         if native_choice.form_of(m) is None:
-            return ["pairs are not one choice of blocks united with masks by position"]
+            return [
+                "pairs are not one choice of blocks, by a count or share of them, united with masks by position"
+            ]
         return (
             []
             if native_choice.tables(m, r)

@@ -14,15 +14,15 @@ from saccade.cost import Request
 from saccade.kernels.native_table import Intervals, Table, ragged_table, table
 from saccade.mechanism.values import Pairwise
 from saccade.native import Array, Call, Choice
-from saccade.parts.budget import Top
+from saccade.parts.budget import Share, Top
 from saccade.parts.mask import Full, Pairs, split
 from saccade.parts.pair import Context
 from saccade.parts.proxy import MeanKey
 from saccade.parts.select import Choice as Choose
+from saccade.parts.select import TopBlocks
 from saccade.parts.selection import Blocks
 
 MOST = 64  # choices a row that are kept sorted while its blocks are scored
-LEAST = 2  # keys of a block, below which a key is its own mean and scored exactly as any other
 RANGE = 2048  # rows whose choices the engine sorts at a time, forward
 
 
@@ -36,9 +36,14 @@ class Chosen:
 
 
 def form_of(m: Pairwise) -> tuple[Pairs, Pairs | None, Choose] | None:
-    """`limit & (allow | choice)` as its members; None where pairs have another form."""
+    """`limit & (allow | choice)` as its members; None where pairs have another form.
+
+    Single keys are gathered elsewhere, and so is a budget whose size is known only once it is spent.
+    """
     form = split(m.pairs)
     if form is None or len(form[2]) != 1 or not isinstance(form[2][0], Choose):
+        return None
+    if form[2][0].size == 1 or not isinstance(form[2][0].keep, Top | Share):
         return None
     return form[0], form[1], form[2][0]
 
@@ -66,11 +71,12 @@ def choose(select: Choose, c: Context) -> Blocks:
     """What `select.choose` answers; a few mean keys a query are scored and sorted in the engine, of equals the first block."""
     blocks, rows = -(-c.k.shape[2] // select.size), c.q.shape[2]
     choices = select.keep.most(blocks)
-    plain = isinstance(select.keep, Top) and isinstance(select.proxy, MeanKey) and select.height == 1
-    if not plain or choices > MOST or select.size < LEAST:
+    by_mean = isinstance(select, TopBlocks) and isinstance(select.proxy, MeanKey)
+    if not by_mean or not isinstance(select.keep, Top) or select.height > 1 or choices > MOST:
         chosen = select.choose(c)
         assert isinstance(chosen, Blocks)
         return chosen
+    assert isinstance(select, TopBlocks)
     means = select.proxy.keys(c, select.size).to(torch.float32).contiguous()
     bound = (c.key_ends[:, None] + select.size - 1) // select.size
     if c.looks_back:
@@ -139,9 +145,9 @@ def bind(m: Pairwise, c: Context) -> tuple[Table, Chosen]:
 def lanes_expected(select: Choose, past: bool, rows: int, keys: int, most: int) -> int:
     """Lanes that meet a chosen block, summed over the blocks of a head, for even choices sorted `most` rows at a time."""
     blocks = -(-keys // select.size)
-    top = select.keep.most(blocks)
+    most_of = np.array([0, *(select.keep.most(n) for n in range(1, blocks + 1))])
     own = np.arange(keys - rows, keys) // select.size + select.own
-    each = np.minimum(top, own) / np.maximum(1, own) if past else np.full(rows, min(top, blocks) / blocks)
+    each = most_of[own.clip(0, blocks)] / np.maximum(1, own) if past else np.full(rows, most_of[-1] / blocks)
     total = 0.0
     for first in range(0, rows, most):
         last = min(rows, first + most)

@@ -299,7 +299,7 @@ class RecurrentKernel(Kernel):
         flops += s.batch * (s.heads + s.kv_heads) * s.length * draws * (2 if r.grad else 1)
         states = s.batch * s.kv_heads * (count if r.grad else 2) * size * s.value_dim * r.wide
         weighed = drawn or m.decay is not None
-        chunk = (6 if drawn else 4 if weighed else 2) * span + 4 * size + 2 * s.value_dim
+        chunk = (5 if drawn else 4 if weighed else 2) * span + 4 * size + 2 * s.value_dim
         peak = states + o + s.batch * s.heads * ends[0] * chunk * r.wide
         if r.grad:
             peak = states + 2 * o * wide + (q + k + v) * wide // 2 + mapped * (3 if drawn else 1)

@@ -24,13 +24,13 @@ from saccade.parts.mask import Causal, Chunk, Full, Neighborhood, Pairs, split
 from saccade.parts.pair import Context, Program, without_padding
 from saccade.parts.proxy import MeanKey
 from saccade.parts.score import Dot
-from saccade.parts.select import Choice
+from saccade.parts.select import Choice, TopBlocks
 from saccade.parts.selection import Blocks
 
 BLOCK = 128
 SHORT = 4096
 SLAB = 1 << 24
-LEAST, TILE = 8, 64  # keys of a chosen block; rows and keys of the blocks of a shared choice
+LEAST, TILE = 2, 64  # keys of a chosen block; rows and keys of the blocks of a shared choice
 
 
 class SparseKernel(Kernel):
@@ -196,9 +196,10 @@ def _choose(select: Pairs, c: Context) -> Blocks:
         check_range(c.selection, c.k.shape[2])
         return _distinct(c.selection)
     blocks = -(-c.k.shape[2] // select.size)
-    plain = isinstance(select.keep, Top) and type(select.proxy) is MeanKey and select.height == 1
-    if not plain or select.own or blocks > MOST_BLOCKS:
+    plain = isinstance(select, TopBlocks) and isinstance(select.keep, Top) and type(select.proxy) is MeanKey
+    if not plain or select.height > 1 or blocks > MOST_BLOCKS:
         return select.choose(c)
+    assert isinstance(select, TopBlocks)
     with torch.no_grad():
         own = torch.div(c.i, select.size, rounding_mode="floor") if c.looks_back else None
         means = select.proxy.keys(c, select.size)
