@@ -65,7 +65,10 @@ print(json.dumps(peak_bytes(call(8192), device)))
 def peak(text: str, device: str, how: str) -> int:
     """Bytes of one call in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", CODE, text, device, how]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{text} ({how}) ended with {done.returncode}: {done.stderr[-600:]}")
+    return json.loads(done.stdout)
 
 
 def share(mine: Future[int], whole: Future[int], count: int) -> Measured:
@@ -75,7 +78,7 @@ def share(mine: Future[int], whole: Future[int], count: int) -> Measured:
 
 def bars(device: str) -> list[Bar]:
     """One bar a mechanism; on a GPU, where memory is counted by the allocator, several processes at once."""
-    pool = ThreadPoolExecutor(1 if device == "cpu" else 6)
+    pool = ThreadPoolExecutor(1 if device == "cpu" else 4)
     found: list[Bar] = []
     for text in TEXTS:
         both = (pool.submit(peak, text, device, how) for how in ("mine", "whole"))

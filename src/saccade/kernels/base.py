@@ -43,7 +43,8 @@ class Kernel(ABC):
     """One way to compute some mechanisms.
 
     `reasons` lists why a request cannot be run (empty: it can). `efficiency` is the share of the device's matrix rate
-    that the kernel is known to reach, used only to rank candidates. `exact` is about the mechanism's own definition.
+    that the kernel is known to reach, used only to rank candidates. `exact` is about the mechanism's own definition;
+    `counted` says that PyTorch's FLOP counter, or the engine's own, sees its products as they are done.
     """
 
     name: ClassVar[str]
@@ -51,6 +52,7 @@ class Kernel(ABC):
     lse: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    counted: ClassVar[bool] = True
 
     def efficiency(self, r: Request) -> float:
         """Share of the device's matrix rate, for ranking."""

@@ -26,6 +26,7 @@ class FlexKernel(Kernel):
     """Any mask by position under softmax, compiled; forward and backward on CUDA, forward on a CPU."""
 
     name = "flex"
+    counted = False
     lse = False
     deterministic = False
 

@@ -56,6 +56,7 @@ class SdpaKernel(Kernel):
     """Dot-product softmax over all keys or the causal prefix, and under a dense mask that the caller brought."""
 
     name = "sdpa"
+    counted = False
     lse = False
     deterministic = False
 

@@ -23,10 +23,10 @@ NUMBERS = 1 << 25
 
 
 def slab_rows(m: Pairwise, r: Request) -> int:
-    """Rows of a slab: 128 (1,024 on a GPU), or fewer where the score holds temporaries for every pair."""
+    """Rows of a slab: 128 (512 on a GPU), or fewer where the score holds temporaries for every pair."""
     s = r.shape
     each = s.batch * s.heads * max(1, s.keys) * m.score.temporaries(s.head_dim)
-    rows = SLAB if r.device == "cpu" else 8 * SLAB
+    rows = SLAB if r.device == "cpu" else 4 * SLAB
     return rows if each == 0 else max(1, min(rows, NUMBERS // each))
 
 

@@ -37,6 +37,7 @@ class SparseKernel(Kernel):
     """Tables of kept blocks: masks by position, and blocks of keys that queries choose."""
 
     name = "sparse"
+    counted = False
 
     def efficiency(self, r: Request) -> float:
         if r.device == "cpu":

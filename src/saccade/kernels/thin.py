@@ -19,6 +19,7 @@ class ThinKernel(Kernel):
     """Every n-th key for all queries: nothing is computed for the others."""
 
     name = "thin"
+    counted = False
     lse = False
     deterministic = False
 
@@ -41,7 +42,7 @@ class ThinKernel(Kernel):
         assert isinstance(m.pairs, Every)
         first, step = m.pairs.first, m.pairs.step
         ends = None if c.ends is None else ((c.ends - first + step - 1) // step).clamp_min(0)
-        mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., first::step]
+        mask = c.mask if c.mask is None or c.mask.shape[-1] == 1 else c.mask[..., first::step].contiguous()
         thin = replace(c, k=c.k[:, :, first::step], v=c.v[:, :, first::step], ends=ends, mask=mask)
         inner, asked = _inner(m, r)
         return SdpaKernel().run(inner, thin, asked)

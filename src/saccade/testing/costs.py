@@ -15,7 +15,7 @@ from saccade.errors import NotSupported
 from saccade.mechanism import Pairwise
 from saccade.parts.pair import Program, map_tokens
 from saccade.parts.selection import Selection
-from saccade.plan import plan
+from saccade.plan import Plan, plan
 from saccade.plan.choose import finish
 from saccade.testing.subject import Failed, Named, Skip, Subject, shape_of
 
@@ -33,9 +33,13 @@ def cost_growth(s: Subject) -> str:
             p = plan(at.mechanism, shape_of(s, n), device=s.device, kernel=kernel)
         except NotSupported as error:
             raise Skip(str(error).splitlines()[0][:100]) from None
-        if not p.members and p.chosen.kernel.name == "sdpa":
-            kernel = "chunk"
-            p = plan(at.mechanism, shape_of(s, n), device=s.device, kernel=kernel)
+        if not p.members and not p.chosen.kernel.counted:
+            seen = [c.kernel.name for c in p.candidates if not c.reasons and c.kernel.counted]
+            if not seen:
+                raise Skip(f"nothing counts what {p.chosen.kernel.name} does")
+            p = plan(at.mechanism, shape_of(s, n), device=s.device, kernel=seen[0])
+        if s.device != "cpu" and not all(x.chosen.kernel.counted for x in _leaves(p)):
+            raise Skip("nothing counts what the kernels of its members do")
         kernel = None if p.members else p.chosen.kernel.name
         try:
             with FlopCounterMode(display=False) as counter, native.counting() as engine:
@@ -54,6 +58,11 @@ def cost_growth(s: Subject) -> str:
             f"counted {counted[1]:,} with exponent {grown:.2f}; claimed {claimed[1]:,} with exponent {said:.2f}"
         )
     return f"exponent {grown:.2f}, claimed {said:.2f}; FLOPs {ratio:.3f} of counted"
+
+
+def _leaves(p: Plan) -> list[Plan]:
+    """The plans that run kernels."""
+    return [leaf for member in p.members for leaf in _leaves(member)] if p.members else [p]
 
 
 def precision(s: Subject, dtype: torch.dtype) -> str:
