@@ -39,7 +39,7 @@ def test_the_scores_by_complex_numbers(phase: bool, causal: bool) -> None:
 
 def test_the_product_runs_on_every_dot_kernel_and_the_phase_does_not() -> None:
     shape = (1, 4, 2048, 64)
-    assert sc.plan("causal + cope_complex", shape).kernel.startswith("sdpa")
+    assert sc.plan("causal + cope_complex", shape).kernel in ("native", "sdpa (flash)")
     assert sc.plan("causal + cope_complex(phase=true)", shape).kernel == "slab"
 
 

@@ -70,7 +70,7 @@ def test_no_matrix_of_weights_is_held() -> None:
     q, k, v = qkv(1, 2, 2048, 16, dtype=torch.float32)
     for causal in ("false", "true"):
         text = f"relaxed_attention(0.1, causal={causal})"
-        assert sc.plan(text, (1, 2, 2048, 16)).kernel == "mix(sdpa (flash), mean)"
+        assert sc.plan(text, (1, 2, 2048, 16)).kernel in ("mix(native, mean)", "mix(sdpa (flash), mean)")
         assert largest_temporary(lambda t=text: sc.attend(q, k, v, t)) <= 2 * v.numel() * 4
 
 
