@@ -174,7 +174,7 @@ class NativeKernel(Kernel):
         stat = s.batch * s.heads * s.length * 4 if r.lse else 0
         peak = o + prepared + padding + stat + tables + self._scratch(found, r)
         if not r.grad:
-            return Cost(flops, q + k + v + o, peak, 8)
+            return Cost(flops, q + k + v + o, peak, 4)
         flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
         even = r.item == 4 and s.head_dim % 16 == 0 and s.value_dim % 16 == 0
         sums = 0 if even else min(torch.get_num_threads(), s.batch * s.kv_heads) * (k + v) * 4 // r.item
@@ -186,7 +186,7 @@ class NativeKernel(Kernel):
             + sums // max(1, s.batch * s.kv_heads)
             + weight_bytes(m, r)
         )
-        return Cost(flops, 3 * (q + k + v + o), peak, 16)
+        return Cost(flops, 3 * (q + k + v + o), peak, 8)
 
     def _area(self, m: Pairwise, r: Request) -> tuple[Table, int, int]:
         """The table of what position alone decides, the pairs computed a pass, and the bytes of tables and choices."""
