@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from saccade.errors import MechanismError
 from saccade.mechanism import Pairwise, system
-from saccade.parts.mask import Full, Neighborhood, Pairs
+from saccade.parts.algebra import Full, Pairs
+from saccade.parts.mask import Neighborhood
 from saccade.parts.reweight import GaussGate, Reweight
 from saccade.parts.score import Additive, Bilinear, Dot, Score
 from saccade.parts.select import CentredSpan

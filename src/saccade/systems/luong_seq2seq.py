@@ -9,8 +9,8 @@ from saccade.errors import NotSupported
 from saccade.mechanism import Mechanism, Pairwise
 from saccade.mechanism import mechanism as parse
 from saccade.nn.attention import StreamNet
+from saccade.parts.algebra import Full
 from saccade.parts.base import Sizes
-from saccade.parts.mask import Full
 from saccade.parts.select import CentredSpan
 from saccade.plan import attend
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saccade.mechanism import Pairwise
 from saccade.nn import Attention
-from saccade.parts.mask import static_exist
+from saccade.parts.algebra import static_exist
 from saccade.parts.pair import Context, Program, map_tokens
 from saccade.systems.moa_sparse import Elastic
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from saccade.errors import MechanismError
 from saccade.mechanism import Mechanism, Pairwise, system
+from saccade.parts.algebra import Mask, Pairs, Span, clip
 from saccade.parts.base import arg
-from saccade.parts.mask import Causal, Mask, Pairs, Sink, Span, clip
+from saccade.parts.mask import Causal, Sink
 
 LONG = 8
 Table = tuple[tuple[int, ...], tuple[float, ...]]

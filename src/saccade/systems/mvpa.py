@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saccade.errors import NotSupported
 from saccade.mechanism import Pairwise, system
+from saccade.parts.algebra import Mask, Span
 from saccade.parts.base import Side, Sizes, Weight, arg
-from saccade.parts.mask import Mask, Span
 from saccade.parts.score import Score, grouped_matmul
 from saccade.parts.tokens import rope_rates
 

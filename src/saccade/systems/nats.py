@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from saccade.errors import MechanismError
 from saccade.mechanism import Pairwise, system
-from saccade.nn.attention import Attention
 from saccade.parts.lifetime import Lifetime, LifetimeSoftmax
 from saccade.parts.mask import Causal
 
@@ -45,8 +44,7 @@ def gumbel(model: nn.Module, generator: torch.Generator, temperature: float = 1.
         uniform = torch.rand(logits.shape, generator=generator, device=generator.device).to(logits)
         return (logits - (-uniform.clamp(1e-9, 1 - 1e-6).log()).log()) / temperature
 
-    layers = [m for m in model.modules() if isinstance(m, Attention)]
-    nets = [net for layer in layers for name, net in layer.streams.items() if name == "lifetime"]
+    nets = [net for name, net in model.named_modules() if f".{name}".endswith(".streams.lifetime")]
     if not nets:
         raise ValueError(
             "gumbel: no layer of this model has a stream `lifetime`; give it the mechanism nats(...)"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from saccade.errors import MechanismError
 from saccade.mechanism import Mix, Pairwise, system
-from saccade.parts.mask import Causal, Neighborhood, Pairs, Sink, Window
+from saccade.parts.algebra import Pairs
+from saccade.parts.mask import Causal, Neighborhood, Sink, Window
 from saccade.parts.output import OutGate
 from saccade.parts.pattern import HeadStride, HeadStripes, LocalBlocks, Permuted, PowerBlocks
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saccade.errors import MechanismError
 from saccade.mechanism import Pairwise, system
-from saccade.nn.transformer import Transformer
 from saccade.parts.base import Sizes, Weight, arg
 from saccade.parts.blockmap import block_map
 from saccade.parts.budget import Budget
@@ -19,6 +19,9 @@ from saccade.parts.proxy import Proxy, block_ends, block_mean, last_positions
 from saccade.parts.select import TopBlocks
 from saccade.parts.tokens import Rope, Rotary
 from saccade.plan import Attended
+
+if TYPE_CHECKING:
+    from saccade.nn.transformer import Transformer
 
 
 @dataclass(frozen=True)
