@@ -99,7 +99,7 @@ def flex_mask(table: BlockTable, text: str | None, length: int):  # type: ignore
     """The block mask of FlexAttention: from lists where a table has whole blocks only, else from the mask."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-    from saccade.parts.mask import static_exist
+    from saccade.parts.algebra import static_exist
 
     if text is not None:
         rule = pairs_of(text)

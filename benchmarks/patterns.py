@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import saccade as sc
 from bars import HEAD_DIM, HEADS, LENGTH, Bar, Measured, beside, qkv, run
+from saccade.parts.algebra import Pairs, cover, static_exist
 from saccade.parts.base import Sizes
-from saccade.parts.mask import Pairs, cover, static_exist
 
 PATTERNS: tuple[tuple[str, tuple[int, ...] | None], ...] = (
     ("window(256)", None),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from saccade.cost import Cost, Request
 from saccade.mechanism import Mechanism, Mixer, Pairwise, Recurrent
+from saccade.parts.algebra import Mask
 from saccade.parts.feature import Feature
 from saccade.parts.logits import Logits
-from saccade.parts.mask import Causal, Mask, Window
+from saccade.parts.mask import Causal, Window
 from saccade.parts.memory import RowRatio
 from saccade.parts.normalizer import Normalizer, Softmax
 from saccade.parts.score import Score, grouped_matmul

@@ -13,9 +13,9 @@ from torch import Tensor
 import saccade as sc
 from saccade import reference
 from saccade.mechanism.values import Pairwise
+from saccade.parts.algebra import static_exist
 from saccade.parts.base import Sizes
 from saccade.parts.logits import StaticBias
-from saccade.parts.mask import static_exist
 from saccade.parts.pair import map_tokens
 from saccade.parts.selection import Selection
 

@@ -14,8 +14,8 @@ from kernels.harness import Call, answer, draw, gradients, same, truth, within_b
 from saccade import native
 from saccade.kernels import native as kernel
 from saccade.kernels.native_table import CACHE_BYTES, Intervals, Listed, table
+from saccade.parts.algebra import cover, static_exist
 from saccade.parts.interval import intervals
-from saccade.parts.mask import cover, static_exist
 from saccade.plan.choose import make
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"the native engine {native.reason()}")

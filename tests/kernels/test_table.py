@@ -7,7 +7,8 @@ import torch
 
 import saccade as sc
 from saccade.kernels.table import PARTIAL, WHOLE, Place, check_blocks, table_of, table_of_blocks
-from saccade.parts.mask import Causal, Chunk, Pairs, Window, static_exist
+from saccade.parts.algebra import Pairs, static_exist
+from saccade.parts.mask import Causal, Chunk, Window
 from saccade.parts.selection import Blocks
 
 MASKS = [

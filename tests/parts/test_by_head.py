@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import saccade as sc
+from saccade.parts.algebra import Mask, Pairs
 from saccade.parts.base import NAMES, PARTS, arg
-from saccade.parts.mask import Causal, Mask, Pairs, Sink, Window
+from saccade.parts.mask import Causal, Sink, Window
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import saccade as sc
 from parts import tools
+from saccade.parts.algebra import Mask
 from saccade.parts.count import ContextCount
-from saccade.parts.mask import Causal, Mask, Sink, Window
+from saccade.parts.mask import Causal, Sink, Window
 
 B, H, G, L, S, D = 2, 4, 2, 6, 9, 5
 

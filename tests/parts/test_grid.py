@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import saccade as sc
 from parts.test_mask import claims_hold
 from saccade.errors import MechanismError
+from saccade.parts.algebra import cover
 from saccade.parts.grid import GridNeighborhood
-from saccade.parts.mask import cover
 
 
 def read_on_an_axis(i: int, n: int, w: int, s: int, d: int, causal: bool, shift: bool) -> set[int]:

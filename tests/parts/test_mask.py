@@ -10,27 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.errors import MechanismError
-from saccade.parts.mask import (
+from saccade.parts.algebra import (
     And,
-    Causal,
-    Chunk,
-    Dilated,
     Full,
-    Global,
     Mask,
-    Neighborhood,
     Or,
     Pairs,
-    Sink,
-    Strided,
-    Window,
     cover,
     is_static,
     merge_spans,
-    rows_exist,
     split,
     static_exist,
 )
+from saccade.parts.mask import Causal, Chunk, Dilated, Global, Neighborhood, Sink, Strided, Window, rows_exist
 from saccade.parts.select import TopBlocks
 
 N = 40

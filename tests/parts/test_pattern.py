@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import saccade as sc
 from parts.test_mask import N, claims_hold, table
 from saccade.errors import MechanismError
-from saccade.parts.mask import Mask, static_exist
+from saccade.parts.algebra import Mask, static_exist
 from saccade.parts.pattern import (
     Document,
     Every,

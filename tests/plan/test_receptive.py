@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import saccade as sc
-from saccade.parts.mask import static_exist
+from saccade.parts.algebra import static_exist
 
 
 def walked(text: str, n: int, layers: int) -> float:

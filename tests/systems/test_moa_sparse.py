@@ -10,7 +10,7 @@ from torch import Tensor
 import saccade as sc
 from parts.test_mask import claims_hold
 from saccade.errors import MechanismError
-from saccade.parts.mask import static_exist
+from saccade.parts.algebra import static_exist
 from saccade.systems import moa_search
 from saccade.systems.moa_sparse import TABLES, Elastic, HeadSpans, digest, from_json, moa_sparse, to_json
 from saccade.tasks.needle import Needle

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import saccade as sc
 from parts import tools
-from saccade.parts.mask import Causal, Pairs, Sink, Window, static_exist
+from saccade.parts.algebra import Pairs, static_exist
+from saccade.parts.mask import Causal, Sink, Window
 from saccade.systems.tra import ThresholdCount
 from saccade.tasks.flipflop import FlipFlop
 from saccade.tasks.recall import SILENT, accuracy

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.parts.algebra import Full, Pairs, Span, cover, static_exist
 from saccade.parts.logits import StaticBias
-from saccade.parts.mask import Full, Pairs, Span, cover, rows_exist, static_exist
+from saccade.parts.mask import rows_exist
 
 ALIGN = 64
 CACHE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 27}

@@ -22,9 +22,10 @@ from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import softmax_only, tile_area
 from saccade.kernels.fold import Fold
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Causal, Chunk, Full, Pairs, split, static_exist
+from saccade.parts.algebra import Full, Pairs, static_exist
+from saccade.parts.mask import Causal, Chunk
 from saccade.parts.pair import Context, Program
-from saccade.parts.select import Choice, TopBlocks
+from saccade.parts.select import Choice, TopBlocks, choice_of
 from saccade.parts.selection import Blocks
 
 TILES = (64, 4096)
@@ -197,6 +198,13 @@ class Attend(torch.autograd.Function):
         return (*backward(grads[0].contiguous(), delta, q, k, v, lse, ctx.sparse, ctx.way), None)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`, differentiable where gradients are asked for."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return Attend.apply(q, k, v, sparse)
+    return forward(q, k, v, sparse)[:2]
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor, Route]:
     """`(out, lse, route)`."""
     b, h, length, d = q.shape
@@ -306,6 +314,21 @@ def positional_area(limit: Pairs, allow: Pairs | None, size: int, r: Request) ->
     return tile_area(limit & allow, s.length, s.keys, *TILES)[0]
 
 
+def bind(m: Pairwise, c: Context) -> tuple[Tensor, Tensor, Tensor, Sparse]:
+    """Prepared q, k and v, in float32 or wider on a CPU, and what was chosen for them under which masks."""
+    form = choice_of(m.pairs)
+    assert form is not None
+    limit, allow, select = form
+    program = Program.bind(m, c)
+    c, chosen = program.context, program.selections[select]
+    assert isinstance(chosen, Blocks)
+    sparse = Sparse(chosen, limit, allow, c.i, c.offset, c.start, c.ends, program.keys)
+    q, k, v = program.q, program.k, program.v
+    if q.device.type == "cpu" and q.dtype.itemsize < 4:
+        q, k, v = q.float(), k.float(), v.float()
+    return q, k, v, sparse
+
+
 class BlockKernel(Kernel):
     """Key blocks chosen for every query, joined with a mask by position."""
 
@@ -318,10 +341,10 @@ class BlockKernel(Kernel):
         why = softmax_only(m)
         if not isinstance(m, Pairwise):
             return why
-        form = split(m.pairs)
-        if form is None or len(form[2]) != 1 or not isinstance(form[2][0], TopBlocks):
+        form = choice_of(m.pairs)
+        if form is None or not isinstance(form[2], TopBlocks):
             why.append("pairs are not one choice of blocks united with masks by position")
-        elif form[2][0].rows > 1:
+        elif form[2].rows > 1:
             why.append("blocks of queries share their choice")
         if m.logits:
             why.append(f"the logits part {m.logits[0].name} is not followed into chosen blocks")
@@ -333,18 +356,16 @@ class BlockKernel(Kernel):
 
     def cost(self, m: Mechanism, r: Request) -> Cost:
         assert isinstance(m, Pairwise)
-        form = split(m.pairs)
+        form = choice_of(m.pairs)
         assert form is not None
-        limit, allow, selects = form
-        select = selects[0]
-        assert isinstance(select, TopBlocks)
+        limit, allow, select = form
         s = r.shape
-        blocks = -(-s.keys // select.block)
+        blocks = -(-s.keys // select.size)
         choices = select.keep.most(blocks)
         stacks = s.batch * s.heads
         chosen, tiled = chosen_rows(select, limit, s.length, s.keys)
-        positional = positional_area(limit, allow, select.block, r)
-        area = stacks * (tiled * select.block + positional)
+        positional = positional_area(limit, allow, select.size, r)
+        area = stacks * (tiled * select.size + positional)
         flops = 2 * area * (s.head_dim + s.value_dim) + preparation_flops(m, r)
         if r.grad:
             flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
@@ -352,8 +373,8 @@ class BlockKernel(Kernel):
         table = 2 * stacks * s.length * blocks * r.wide
         moved = stacks * chosen * (s.head_dim + 2 * s.value_dim) * r.wide
         height = _tile_height(s.length * choices / max(1, blocks))
-        pairs = min(TILE_NUMBERS["cpu" if r.device == "cpu" else "cuda"], tiled * select.block)
-        each = (s.head_dim + s.value_dim) * (pairs // select.block + pairs // height)
+        pairs = min(TILE_NUMBERS["cpu" if r.device == "cpu" else "cuda"], tiled * select.size)
+        each = (s.head_dim + s.value_dim) * (pairs // select.size + pairs // height)
         tile = (5 * pairs + 2 * each if r.grad else 2 * pairs + each) * r.wide
         slots = choices * s.length * (s.head_dim if r.grad else s.value_dim) * r.wide
         index = stacks * (17 * tiled + 9 * s.length * choices)
@@ -369,19 +390,5 @@ class BlockKernel(Kernel):
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
-        form = split(m.pairs)
-        assert form is not None
-        limit, allow, (select,) = form
-        program = Program.bind(m, c)
-        c = program.context
-        chosen = program.selections[select]  # type: ignore[index]
-        assert isinstance(chosen, Blocks)
-        sparse = Sparse(chosen, limit, allow, c.i, c.offset, c.start, c.ends, program.keys)
-        q, k, v = program.q, program.k, program.v
-        if q.device.type == "cpu" and q.dtype.itemsize < 4:
-            q, k, v = q.float(), k.float(), v.float()
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = Attend.apply(q, k, v, sparse)
-        else:
-            out, lse, _ = forward(q, k, v, sparse)
+        out, lse = attend(*bind(m, c))
         return out.to(r.dtype), lse

@@ -9,8 +9,8 @@ from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.algebra import split, static_exist
 from saccade.parts.bucket import CentroidBuckets
-from saccade.parts.mask import split, static_exist
 from saccade.parts.pair import Context, Program
 from saccade.parts.selection import Buckets
 

@@ -12,8 +12,9 @@ from saccade.kernels.band import ALIGN, CACHE_NUMBERS, Band, attend
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.fold import Fold, fold_of
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.algebra import Pairs, static_exist
 from saccade.parts.logits import StaticBias
-from saccade.parts.mask import Neighborhood, Pairs, static_exist
+from saccade.parts.mask import Neighborhood
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, Program
 

@@ -12,7 +12,7 @@ from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.chunk import softmax_only
 from saccade.kernels.sdpa import FEW
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import cover, whole
+from saccade.parts.algebra import cover, whole
 from saccade.parts.pair import Context, Program, take
 
 ROWS = 16

@@ -11,21 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saccade.parts.mask import (
-    And,
-    Causal,
-    Chunk,
-    Full,
-    Global,
-    Mask,
-    Neighborhood,
-    Or,
-    Pairs,
-    Sink,
-    Window,
-    static_exist,
-)
-from saccade.parts.pattern import Document, LocalBlocks, Prefix
+from saccade.parts.algebra import And, Mask, Or, Pairs, static_exist
+from saccade.parts.mask import Global
 
 Two = tuple[Tensor, Tensor]
 PAIRS = 1 << 26
@@ -95,13 +82,6 @@ def _ended(found: Two, g: Grid) -> Two:
     return found[0] & (j0 < g.end), found[1] & (j1 <= g.end)
 
 
-def labels(pairs: Chunk | Document, x: Tensor) -> Tensor:
-    """The number of the run that a position stands in; it never falls."""
-    if isinstance(pairs, Chunk):
-        return torch.div(x, pairs.size, rounding_mode="floor")
-    return torch.bucketize(x, torch.tensor(pairs.ends, device=x.device), right=True)
-
-
 def _counted(exist: Tensor, lo: Tensor, hi: Tensor) -> Two:
     """Whether any and all of exist[lo:hi) hold, by running sums."""
     sums = torch.nn.functional.pad(exist.cumsum(0, dtype=torch.int32), (1, 0))
@@ -142,7 +122,6 @@ def interval(pairs: Pairs, i: Tensor, high: int) -> Two | None:
 
     Neither end falls as i rises.
     """
-    zero = torch.zeros_like(i)
     if isinstance(pairs, And):
         each = [interval(p, i, high) for p in pairs.parts]
         if any(e is None for e in each):
@@ -150,26 +129,9 @@ def interval(pairs: Pairs, i: Tensor, high: int) -> Two | None:
         lo = functools.reduce(torch.maximum, (e[0] for e in each if e is not None))
         hi = functools.reduce(torch.minimum, (e[1] for e in each if e is not None))
         return lo, hi
-    if isinstance(pairs, Full):
-        return zero, zero + high
-    if isinstance(pairs, Causal):
-        return zero, i + 1
-    if isinstance(pairs, Window):
-        return i - pairs.width + 1, i + 1
-    if isinstance(pairs, Neighborhood) and pairs.dilation == 1:
-        return i - pairs.width // 2, i + pairs.width // 2 + 1
-    if isinstance(pairs, Sink):
-        return zero, zero + pairs.first
-    if isinstance(pairs, Prefix):
-        return zero, (i + 1).clamp_min(pairs.tokens)
-    if isinstance(pairs, Chunk):
-        first = labels(pairs, i) * pairs.size
-        return first, first + pairs.size
-    if isinstance(pairs, LocalBlocks):
-        own = torch.div(i, pairs.block, rounding_mode="floor")
-        return (own - pairs.last + 1) * pairs.block, (own + 1) * pairs.block
-    if isinstance(pairs, Document):
-        ends = torch.tensor((0, *pairs.ends, max(high, pairs.ends[-1])), device=i.device)
-        own = labels(pairs, i)
-        return ends[own], ends[own + 1]
-    return None
+    if not isinstance(pairs, Mask) or isinstance(
+        pairs, Global
+    ):  # the first rows of a global mask reach farthest
+        return None
+    found = pairs.intervals(i, high)
+    return found[0] if found is not None and len(found) == 1 else None

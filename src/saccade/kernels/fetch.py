@@ -12,8 +12,9 @@ from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel, preparation_flops
 from saccade.kernels.gather import once
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.algebra import split
 from saccade.parts.landmark import GroupedSoftmax, StingyRope
-from saccade.parts.mask import Causal, Chunk, split
+from saccade.parts.mask import Causal, Chunk
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, Program
 from saccade.parts.select import TopBlocks

@@ -14,8 +14,9 @@ from saccade.kernels.base import Kernel
 from saccade.kernels.chunk import ChunkKernel, softmax_only, tile_area
 from saccade.kernels.sparse_run import missing
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.algebra import Full, static_exist
 from saccade.parts.logits import StaticBias
-from saccade.parts.mask import Causal, Full, static_exist
+from saccade.parts.mask import Causal
 from saccade.parts.pair import Context, Program
 
 BLOCK = 128

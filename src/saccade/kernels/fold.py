@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saccade.cost import Request
-from saccade.parts.mask import And, Causal, Chunk, Dilated, Full, Neighborhood, Pairs, Strided, Window
+from saccade.parts.algebra import And, Full, Pairs
+from saccade.parts.mask import Causal, Chunk, Dilated, Neighborhood, Strided, Window
 
 
 @dataclass(frozen=True)

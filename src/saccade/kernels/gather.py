@@ -17,12 +17,12 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.kernels.band import tile_softmax
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
-from saccade.kernels.block import Sparse, positional_area
+from saccade.kernels.block import Sparse, bind, positional_area
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import split, static_exist
-from saccade.parts.pair import Context, Program
-from saccade.parts.select import Choice
+from saccade.parts.algebra import static_exist
+from saccade.parts.pair import Context
+from saccade.parts.select import choice_of
 from saccade.parts.selection import Blocks
 
 SLAB_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -168,6 +168,13 @@ class Attend(torch.autograd.Function):
         return (*backward(grads[0].contiguous(), delta, q, k, v, lse, ctx.sparse), None)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`, differentiable where gradients are asked for."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return Attend.apply(q, k, v, sparse)
+    return forward(q, k, v, sparse)
+
+
 class GatherKernel(Kernel):
     """Blocks of queries against the tokens that they chose, joined with a mask by position."""
 
@@ -180,8 +187,7 @@ class GatherKernel(Kernel):
         why = softmax_only(m)
         if not isinstance(m, Pairwise):
             return why
-        form = split(m.pairs)
-        if form is None or len(form[2]) != 1 or not isinstance(form[2][0], Choice):
+        if choice_of(m.pairs) is None:
             why.append("pairs are not one choice of keys united with masks by position")
         if m.logits:
             why.append(f"the logits part {m.logits[0].name} is not followed to chosen keys")
@@ -193,10 +199,9 @@ class GatherKernel(Kernel):
 
     def cost(self, m: Mechanism, r: Request) -> Cost:
         assert isinstance(m, Pairwise)
-        form = split(m.pairs)
+        form = choice_of(m.pairs)
         assert form is not None
-        limit, allow, (select,) = form
-        assert isinstance(select, Choice)
+        limit, allow, select = form
         s = r.shape
         stacks = s.batch * s.heads
         units, groups = -(-s.keys // select.size), -(-s.length // select.height)
@@ -225,19 +230,5 @@ class GatherKernel(Kernel):
 
     def run(self, m: Mechanism, c: Context, r: Request) -> tuple[Tensor, Tensor | None]:
         assert isinstance(m, Pairwise)
-        form = split(m.pairs)
-        assert form is not None
-        limit, allow, (select,) = form
-        program = Program.bind(m, c)
-        c = program.context
-        chosen = program.selections[select]  # type: ignore[index]
-        assert isinstance(chosen, Blocks)
-        sparse = Sparse(chosen, limit, allow, c.i, c.offset, c.start, c.ends, program.keys)
-        q, k, v = program.q, program.k, program.v
-        if q.device.type == "cpu" and q.dtype.itemsize < 4:
-            q, k, v = q.float(), k.float(), v.float()
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = Attend.apply(q, k, v, sparse)
-        else:
-            out, lse = forward(q, k, v, sparse)
+        out, lse = attend(*bind(m, c))
         return out.to(r.dtype), lse

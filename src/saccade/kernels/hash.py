@@ -21,7 +21,8 @@ from saccade.kernels import block
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Causal, Full, split
+from saccade.parts.algebra import Full, split
+from saccade.parts.mask import Causal
 from saccade.parts.normalizer import Partial, Softmax, merge
 from saccade.parts.pair import Context, Program
 from saccade.parts.selection import Blocks, Sampled
@@ -63,9 +64,7 @@ def near(q: Tensor, k: Tensor, v: Tensor, chosen: Blocks, c: Context) -> Partial
     sparse = block.Sparse(
         chosen, Full(), None, c.i, c.offset, 0, c.ends if not c.looks_back else None, k.shape[2]
     )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return block.Attend.apply(q, k, v, sparse)
-    return block.forward(q, k, v, sparse)[:2]
+    return block.attend(q, k, v, sparse)
 
 
 def far(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Partial:

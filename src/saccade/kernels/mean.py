@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Causal, Full
+from saccade.parts.algebra import Full
+from saccade.parts.mask import Causal
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, without_padding
 from saccade.parts.score import Uniform

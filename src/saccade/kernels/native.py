@@ -18,7 +18,7 @@ from saccade.kernels.native_choice import Chosen, lined
 from saccade.kernels.native_table import Intervals, Table, lanes, ragged_table, table
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.native import Array, Call, Part
-from saccade.parts.mask import Pairs
+from saccade.parts.algebra import Pairs
 from saccade.parts.pair import Context, Program, without_padding
 from saccade.parts.score import Dot
 

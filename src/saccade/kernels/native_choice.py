@@ -14,12 +14,12 @@ from saccade.cost import Request
 from saccade.kernels.native_table import Intervals, Table, ragged_table, table
 from saccade.mechanism.values import Pairwise
 from saccade.native import Array, Call, Choice
+from saccade.parts.algebra import Full, Pairs
 from saccade.parts.budget import Share, Top
-from saccade.parts.mask import Full, Pairs, split
 from saccade.parts.pair import Context
 from saccade.parts.proxy import MeanKey
 from saccade.parts.select import Choice as Choose
-from saccade.parts.select import TopBlocks
+from saccade.parts.select import TopBlocks, choice_of
 from saccade.parts.selection import Blocks
 
 MOST = 64  # choices a row that are kept sorted while its blocks are scored
@@ -40,12 +40,10 @@ def form_of(m: Pairwise) -> tuple[Pairs, Pairs | None, Choose] | None:
 
     Single keys are gathered elsewhere, and so is a budget whose size is known only once it is spent.
     """
-    form = split(m.pairs)
-    if form is None or len(form[2]) != 1 or not isinstance(form[2][0], Choose):
+    form = choice_of(m.pairs)
+    if form is None or form[2].size == 1 or not isinstance(form[2].keep, Top | Share):
         return None
-    if form[2][0].size == 1 or not isinstance(form[2][0].keep, Top | Share):
-        return None
-    return form[0], form[1], form[2][0]
+    return form
 
 
 def tables(m: Pairwise, r: Request) -> tuple[Table, Table] | None:

@@ -18,21 +18,10 @@ from torch import Tensor
 
 from saccade.kernels.tiles import Group, groups, tiling, totals
 from saccade.native.call import Part
+from saccade.parts.algebra import And, Full, Interval, Or, Pairs, cover, static_exist
 from saccade.parts.grid import GridNeighborhood
 from saccade.parts.interval import intervals
-from saccade.parts.mask import (
-    And,
-    Causal,
-    Dilated,
-    Full,
-    Interval,
-    Neighborhood,
-    Or,
-    Pairs,
-    Strided,
-    cover,
-    static_exist,
-)
+from saccade.parts.mask import Causal, Dilated, Neighborhood, Strided
 
 LANES = 64
 SIDES, PER_KEY, PER_TILE = (1, 2, 4, 8, 16, 32, 64), 8, 2048

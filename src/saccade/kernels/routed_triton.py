@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.kernels.sparse_triton import LN2, LOG2E, fold, read, row_stats
+from saccade.kernels.sparse_triton import LN2, LOG2E, fold, read, row_stats, stats
 
 CALL = [
     "q0", "q1", "q2", "k0", "k1", "k2", "v0", "v1", "v2", "i0", "heads", "groups", "rows", "keys", "size", "blocks",
@@ -235,14 +235,6 @@ def add(
     tl.store(Sum + where, acc.to(Sum.dtype.element_ty), mask=box)
 
 
-@triton.jit
-def slot_stats(Lse, Delta, base, i, kept):
-    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of gathered rows."""
-    lse = tl.load(Lse + base + i, mask=kept, other=float("-inf"))
-    delta = tl.load(Delta + base + i, mask=kept, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
-
-
 @triton.jit(do_not_specialize=[*CALL, "g0", "g1", "g2"])
 def backward_queries(
     Q, K, V, Grad, Lse, Delta, Slots, Starts, Counts, Tiles, Parts, Lo, Hi, From, To, scale,
@@ -269,7 +261,7 @@ def backward_queries(
         i = slot // choices
         q = gathered(Q, b, h, i, kept, q0, q1, q2, D, DIM)
         grad = gathered(Grad, b, h, i, kept, g0, g1, g2, E, EDIM)
-        lse, delta = slot_stats(Lse, Delta, head.to(tl.int64) * rows, i, kept)
+        lse, delta = stats(Lse, Delta, head.to(tl.int64) * rows, i, kept)
         acc = tl.zeros([BM, D], WIDE)
         for n in tl.range(0, size, BN):
             at = m * size + n

@@ -13,7 +13,8 @@ from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.kernels.chunk import softmax_only
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Causal, Full
+from saccade.parts.algebra import Full
+from saccade.parts.mask import Causal
 from saccade.parts.pair import Context, Program
 from saccade.parts.score import Dot
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel, preparation_flops, weight_bytes
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import cover
+from saccade.parts.algebra import cover
 from saccade.parts.pair import Context, Program
 
 SLAB = 128

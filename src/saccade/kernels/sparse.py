@@ -19,12 +19,13 @@ from saccade.kernels.extent import interval
 from saccade.kernels.routed import MOST_BLOCKS, Rule
 from saccade.kernels.table import MOST_BITS, BlockTable, Place, check_range, table_of, table_of_blocks
 from saccade.mechanism.values import Mechanism, Pairwise
+from saccade.parts.algebra import Full, Pairs
 from saccade.parts.budget import Top
-from saccade.parts.mask import Causal, Chunk, Full, Neighborhood, Pairs, split
+from saccade.parts.mask import Causal, Chunk, Neighborhood
 from saccade.parts.pair import Context, Program, without_padding
 from saccade.parts.proxy import MeanKey
 from saccade.parts.score import Dot
-from saccade.parts.select import Choice, TopBlocks
+from saccade.parts.select import Choice, TopBlocks, choice_of
 from saccade.parts.selection import Blocks
 
 BLOCK = 128
@@ -77,9 +78,7 @@ class SparseKernel(Kernel):
         if m.static:
             area, moved, table = tile_area(m.pairs, s.length, s.keys, BLOCK, SLAB)[0], 0, 11 * blocks
         else:
-            limit, allow, selects = split(m.pairs)  # type: ignore[misc]
-            select = selects[0]
-            assert isinstance(select, Choice)
+            limit, allow, select = choice_of(m.pairs)  # type: ignore[misc]
             count = -(-s.keys // select.size)
             rows = chosen_rows(select, limit, s.length, s.keys)[0]
             area = rows * select.size
@@ -104,8 +103,7 @@ class SparseKernel(Kernel):
             q, k, v, scale = _prepared(m, c)
             out, lse = sparse_run.attend(q, k, v, _table(m.pairs, place), scale)
             return out, lse
-        limit, allow, selects = split(m.pairs)  # type: ignore[misc]
-        select = selects[0]
+        limit, allow, select = choice_of(m.pairs)  # type: ignore[misc]
         c = replace(without_padding(c), looks_back=m.causal)
         chosen = _choose(select, c)
         q, k, v, scale = _prepared(m, replace(c, selection=chosen))
@@ -135,11 +133,10 @@ def _static(pairs: Pairs, r: Request) -> list[str]:
 
 
 def _chosen_blocks(pairs: Pairs, r: Request) -> list[str]:
-    form = split(pairs)
-    if form is None or len(form[2]) != 1 or not isinstance(form[2][0], Choice):
+    form = choice_of(pairs)
+    if form is None:
         return ["pairs are not one choice of blocks united with masks by position"]
-    limit, allow, (select,) = form
-    assert isinstance(select, Choice)
+    limit, allow, select = form
     blocks = -(-r.shape.keys // select.size)
     why = []
     if select.size < LEAST:
@@ -188,9 +185,8 @@ def _side(pairs: Pairs) -> int:
     return BLOCK if reach is None or reach > SHORT else BLOCK // 2
 
 
-def _choose(select: Pairs, c: Context) -> Blocks:
+def _choose(select: Choice, c: Context) -> Blocks:
     """The choice that is replayed, or a new one; each block at most once a query."""
-    assert isinstance(select, Choice)
     if c.selection is not None:
         if not isinstance(c.selection, Blocks):
             raise NotSupported(f"a choice of blocks was to be replayed, got {type(c.selection).__name__}")

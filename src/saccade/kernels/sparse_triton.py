@@ -166,12 +166,18 @@ def row_products(
 
 
 @triton.jit
-def row_stats(Lse, Delta, base, first, end, N: tl.constexpr):
-    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows [first, first + N) of a head."""
-    i = first + tl.arange(0, N)
-    lse = tl.load(Lse + base + i, mask=i < end, other=float("-inf"))
-    delta = tl.load(Delta + base + i, mask=i < end, other=0.0)
+def stats(Lse, Delta, base, i, kept):
+    """lse in base 2 (inf where there is no key, so that weights are 0) and delta of rows i of a head, where kept."""
+    lse = tl.load(Lse + base + i, mask=kept, other=float("-inf"))
+    delta = tl.load(Delta + base + i, mask=kept, other=0.0)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+
+
+@triton.jit
+def row_stats(Lse, Delta, base, first, end, N: tl.constexpr):
+    """The same of rows [first, first + N) before `end`."""
+    i = first + tl.arange(0, N)
+    return stats(Lse, Delta, base, i, i < end)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "g0", "g1", "g2"])

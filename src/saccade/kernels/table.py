@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade.errors import NotSupported
 from saccade.kernels.extent import Grid, extent, interval
-from saccade.parts.mask import Full, Pairs, static_exist
+from saccade.parts.algebra import Full, Pairs, static_exist
 from saccade.parts.selection import Blocks
 
 EMPTY, PARTIAL, WHOLE = 0, 1, 2

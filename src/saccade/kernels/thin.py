@@ -10,7 +10,7 @@ from saccade.cost import Cost, Request
 from saccade.kernels.base import Kernel
 from saccade.kernels.sdpa import SdpaKernel
 from saccade.mechanism.values import Mechanism, Pairwise
-from saccade.parts.mask import Full
+from saccade.parts.algebra import Full
 from saccade.parts.pair import Context
 from saccade.parts.pattern import Every
 

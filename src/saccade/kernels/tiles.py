@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.parts.algebra import And, Pairs
 from saccade.parts.grid import Axis, GridNeighborhood
-from saccade.parts.mask import And, Causal, Pairs
+from saccade.parts.mask import Causal
 from saccade.parts.pattern import Permuted
 
 NUMBERS = {"cpu": 1 << 17, "cuda": 1 << 26}

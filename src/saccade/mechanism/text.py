@@ -23,8 +23,8 @@ from saccade.errors import MechanismError
 from saccade.mechanism.base import Mechanism
 from saccade.mechanism.combination import Combine
 from saccade.mechanism.values import Mixer, Pairwise, Recurrent
+from saccade.parts.algebra import Full, Pairs
 from saccade.parts.base import NAMES, Part, nearest, register, value_text
-from saccade.parts.mask import Full, Pairs
 from saccade.parts.tokens import TokenMap
 
 TRUTHS = {"true": True, "false": False}

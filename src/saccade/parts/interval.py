@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.parts.mask import And, Interval, Mask, Or, Pairs
+from saccade.parts.algebra import And, Interval, Mask, Or, Pairs
 
 MOST = 16
 

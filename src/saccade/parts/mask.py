@@ -1,4 +1,4 @@
-"""Masks in one dimension: which pairs exist by position. What joins them, from `algebra`, is at hand here too.
+"""Masks in one dimension: which pairs exist by position; `algebra` joins them.
 
 Legend: i is a query position, j a key position, True means that i may read j.
 """
@@ -13,47 +13,14 @@ from torch import Tensor
 from saccade.errors import MechanismError
 from saccade.parts.algebra import (
     And,
-    Full,
     Interval,
     Mask,
-    Or,
     Pairs,
     Span,
     clip,
-    cover,
-    is_static,
-    merge_spans,
-    split,
     static_exist,
-    whole,
 )
 from saccade.parts.base import arg
-
-__all__ = [
-    "And",
-    "Causal",
-    "Chunk",
-    "Dilated",
-    "Full",
-    "Global",
-    "Interval",
-    "Mask",
-    "Neighborhood",
-    "Or",
-    "Pairs",
-    "Sink",
-    "Span",
-    "Strided",
-    "Window",
-    "clip",
-    "cover",
-    "is_static",
-    "merge_spans",
-    "rows_exist",
-    "split",
-    "static_exist",
-    "whole",
-]
 
 
 @dataclass(frozen=True)

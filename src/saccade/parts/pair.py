@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from saccade.mechanism.values import Pairwise
+from saccade.parts.algebra import And, Full, Mask, Or, Pairs, Span, cover
 from saccade.parts.base import Side, Sizes, Weight
-from saccade.parts.mask import And, Full, Mask, Or, Pairs, Span, cover
 from saccade.parts.score import grouped_matmul
 from saccade.parts.select import Select
 from saccade.parts.selection import Sampled, Selection

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from saccade.errors import MechanismError
+from saccade.parts.algebra import Interval, Mask, Pairs, Span, clip, merge_spans
 from saccade.parts.base import arg
-from saccade.parts.mask import Interval, Mask, Pairs, Span, clip, merge_spans
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from saccade.parts.algebra import Pairs, split
 from saccade.parts.base import Causality, Sizes, Stream, arg
 from saccade.parts.budget import Budget, budget
-from saccade.parts.mask import Pairs
 from saccade.parts.proxy import MeanKey, Proxy, last_positions
 from saccade.parts.selection import Blocks, Selection, Spans
 
@@ -117,6 +117,14 @@ class Choice(Select):
             index[:, :, cut, : found.shape[-1]] = found
             valid[:, :, cut, : found.shape[-1]] = kept
         return Blocks(index, valid, size, height)
+
+
+def choice_of(pairs: Pairs) -> tuple[Pairs, Pairs | None, Choice] | None:
+    """`limit & (allow | choice)` as (limit, allow, choice); None where the expression has another form."""
+    form = split(pairs)
+    if form is None or len(form[2]) != 1 or not isinstance(form[2][0], Choice):
+        return None
+    return form[0], form[1], form[2][0]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from saccade.kernels.sparse import SparseKernel
 from saccade.kernels.thin import ThinKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
-from saccade.parts.mask import Pairs
+from saccade.parts.algebra import Pairs
 from saccade.parts.memory import ChannelRatio, RowRatio
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context, take_heads

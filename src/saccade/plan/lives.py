@@ -12,8 +12,9 @@ from torch import Tensor
 
 from saccade.errors import NotSupported
 from saccade.mechanism import Pairwise
+from saccade.parts.algebra import Full
 from saccade.parts.lifetime import FOREVER, GLOBAL, OPEN, Lifetime, LifetimeSoftmax, last_readers
-from saccade.parts.mask import Causal, Full
+from saccade.parts.mask import Causal
 from saccade.parts.normalizer import Softmax
 from saccade.parts.pair import Context, map_tokens
 from saccade.parts.state import State

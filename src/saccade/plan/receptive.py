@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from saccade.errors import NotSupported
 from saccade.mechanism import ByHead, Combine, Mechanism, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
-from saccade.parts.mask import Pairs, is_static, static_exist
+from saccade.parts.algebra import Pairs, is_static, static_exist
 
 LARGEST, ROWS = 4096, 256
 
