@@ -13,20 +13,20 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
 from saccade.errors import NotSupported
+from saccade.kernels import gated
 from saccade.mechanism import Pairwise, system
 from saccade.parts.base import Sizes, Weight, arg
+from saccade.parts.blockmap import block_map
 from saccade.parts.budget import Budget, Top
 from saccade.parts.feature import Favor
 from saccade.parts.output import Output
 from saccade.parts.select import ROWS, Choice
 from saccade.parts.selection import Blocks
 from saccade.parts.spread import fill
-from saccade.systems.sparsifiner import dense_map
 
 if TYPE_CHECKING:
     from saccade.parts.pair import Context
 
-CHUNK = 64
 WAVES, FILTERS, TAPS = 8, 8, 3
 
 
@@ -35,15 +35,6 @@ def waves(at: Tensor, dtype: torch.dtype) -> Tensor:
     rates = torch.logspace(0, -3, WAVES, device=at.device, dtype=torch.float64)
     angle = at.double().unsqueeze(-1) * rates
     return torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
-
-
-def running(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """sum over j <= i of (q_i.k_j) v_j for q and k (b, h, n, m), v (b, h, n, e), a chunk at a time."""
-    n, short = q.shape[2], -q.shape[2] % CHUNK
-    q, k, v = (pad(x, (0, 0, 0, short)).unflatten(2, (-1, CHUNK)) for x in (q, k, v))
-    near = (q @ k.transpose(-1, -2)).tril() @ v
-    states = k.transpose(-1, -2) @ v
-    return (near + q @ (states.cumsum(2) - states)).flatten(2, 3)[:, :, :n]
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class TopColumns(Choice):
         m, wide = self.features, head_dim + 2 * WAVES + 1
         whole = rows == keys
         read = (
-            2 * rows * (CHUNK + (m if whole else 0)) * wide + 2 * rows * CHUNK * m
+            2 * rows * (gated.CHUNK + (m if whole else 0)) * wide + 2 * rows * gated.CHUNK * m
             if looks_back
             else 2 * rows * m * wide
         )
@@ -116,7 +107,8 @@ class TopColumns(Choice):
         if not c.looks_back:
             read = phi_q @ (phi_k.transpose(-1, -2) @ v)
         elif c.q.shape[2] == c.k.shape[2]:
-            read = running(phi_q, phi_k, v)
+            state = v.new_zeros(*v.shape[:2], self.features, v.shape[-1])
+            read = gated.advance(phi_q, phi_k, v, None, None, state, None)[0]
         else:
             later = c.j[:, None, None] > c.i[:, None, :, None]
             read = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(later, 0) @ v
@@ -158,7 +150,8 @@ class TopColumns(Choice):
 
     def losses(self, c: Context) -> dict[str, Tensor]:
         s, (lo, hi) = self.predicted(c), self.bounds(c)
-        sums = pad(dense_map(c).cumsum(-1), (1, 0))
+        with torch.no_grad():
+            sums = pad(block_map(c, 1).mass.cumsum(-1), (1, 0))
         ends = (x[:, None].expand_as(s) for x in (hi, lo))
         truth = (sums.gather(-1, next(ends)) - sums.gather(-1, next(ends))).clamp_min(0)
         log = torch.log_softmax(s.masked_fill((lo == hi)[:, None], -torch.inf), -1)

@@ -11,25 +11,13 @@ from torch import Tensor
 from saccade.errors import NotSupported
 from saccade.mechanism import Pairwise, system
 from saccade.parts.base import Sizes, Weight, arg
+from saccade.parts.blockmap import block_map
 from saccade.parts.proxy import Proxy
 from saccade.parts.score import grouped_matmul
 from saccade.parts.select import TopKeys
 
 if TYPE_CHECKING:
     from saccade.parts.pair import Context
-
-
-def dense_map(c: Context) -> Tensor:
-    """The softmax map (b, h, L, S) of q.k / sqrt(d) that a chosen part of it is taught by; no gradient, zero at padding."""
-    with torch.no_grad():
-        wide = torch.promote_types(c.q.dtype, torch.float32)
-        k = c.k if c.valid is None else c.k.masked_fill(~c.valid[:, None, :, None], 0)
-        s = grouped_matmul(c.q.to(wide) * c.q.shape[-1] ** -0.5, k.to(wide).transpose(-1, -2))
-        if c.looks_back:
-            s = s.masked_fill(c.j[:, None, None] > c.i[:, None, :, None], -torch.inf)
-        if c.valid is not None:
-            s = s.masked_fill(~c.valid[:, None, None], -torch.inf)
-        return torch.softmax(s, -1).nan_to_num_(0.0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,8 @@ class LowRankMap(Proxy):
         s = self.scores(self.prepare(c, 1, 1), slice(None), c.k.shape[2])
         if c.valid is not None:
             s = s.masked_fill(~c.valid[:, None, None], -torch.inf)
-        truth = dense_map(c)
+        with torch.no_grad():
+            truth = block_map(c, 1).mass
         log = torch.log_softmax(s, -1).masked_fill(truth == 0, 0.0)
         rows = (torch.xlogy(truth, truth) - truth * log).sum(-1)
         if c.query_valid is not None:
