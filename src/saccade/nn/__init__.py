@@ -2,12 +2,14 @@
 
 from saccade.nn import convert
 from saccade.nn.attention import Attention
+from saccade.nn.beam import beam_search
 from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.diffusion import MaskedDiffusion
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
+from saccade.nn.fusion import ShallowFusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -85,6 +87,7 @@ __all__ = [
     "ResidualAttentionNetwork",
     "SentenceGate",
     "SetTransformer",
+    "ShallowFusion",
     "SinusoidalPositions",
     "SkimAttention",
     "Skimformer",
@@ -100,6 +103,7 @@ __all__ = [
     "VirtualNodeLayer",
     "add_gin_adapters",
     "attention_rollout",
+    "beam_search",
     "choose_head_scale",
     "convert",
     "head_scales",

@@ -51,7 +51,9 @@ class ComplexAttention(nn.Module):
         if self.table is None:
             return self.gamma * sinusoids(torch.arange(n, device=x.device), dim).to(x.dtype)
         if n > len(self.table):
-            raise ValueError(f"{n} tokens are more than max_length={len(self.table)}")
+            raise ValueError(
+                f"{n} tokens are more than max_length={len(self.table)}; give a larger one, or none for sinusoids"
+            )
         return self.gamma * self.table[:n]
 
     def forward(self, x: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:

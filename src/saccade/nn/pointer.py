@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from saccade.errors import NotSupported
 from saccade.mechanism import Mechanism, Pairwise
 from saccade.mechanism import mechanism as parse
+from saccade.nn.beam import beam_search
 from saccade.nn.transformer import Block
 from saccade.parts.base import Sizes
 from saccade.parts.pair import Context, Program
+
+Reading = tuple[Tensor, Tensor, Tensor]
+"""The reader's state (1, N, dim) twice, and the choices taken (N, choices + 1), the last of them the start."""
 
 
 class PointerNetwork(nn.Module):
@@ -90,7 +94,6 @@ class PointerNetwork(nn.Module):
         """The likeliest index, place by place, (B, length): of all elements, or up to the end and filled up with it."""
         return self.beam(elements, 1, length)[0]
 
-    @torch.no_grad()
     def beam(self, elements: Tensor, width: int, length: int | None = None) -> tuple[Tensor, Tensor]:
         """The likeliest of the sequences that a beam of `width` keeps, (B, length), and its log-probability (B,).
 
@@ -104,30 +107,27 @@ class PointerNetwork(nn.Module):
                 f"a beam has a width of at least 1 and 1 to {count + self.ends} places for {count} elements, got width "
                 f"{width} and {length} places"
             )
-        fed, asked = self.encode(elements)
-        batch, choices, dim = fed.shape
-        rows = torch.arange(batch, device=fed.device)[:, None]
-        fed, asked = (x.repeat_interleave(width, 0) for x in (fed, asked))
-        found = torch.empty(batch, width, 0, dtype=torch.long, device=fed.device)
-        score = torch.full((batch, width), -torch.inf, device=fed.device)
-        score[:, 0] = 0.0
-        taken = torch.zeros(batch, width, choices, dtype=torch.bool, device=fed.device)
-        over = torch.zeros(batch, width, dtype=torch.bool, device=fed.device)
-        word, state = self.start.expand(batch * width, -1, -1), None
-        for _ in range(length):
-            out, state = self.reader(word, state)
-            logits = self.point(out, asked, taken.flatten(0, 1)[:, None])[:, 0]
-            step = torch.log_softmax(logits, -1).view(batch, width, choices)
-            if self.ends:
-                stay = torch.full((choices,), -torch.inf, device=fed.device)
-                stay[-1] = 0.0
-                step = torch.where(over.unsqueeze(-1), stay, step)
-            score, best = (score.unsqueeze(-1) + step).flatten(1).topk(width, 1)
-            parent, index = best // choices, best % choices
-            found = torch.cat((found[rows, parent], index.unsqueeze(-1)), -1)
-            taken = taken[rows, parent].scatter(2, index.unsqueeze(-1), True)
-            over = over[rows, parent] | (index == count)
-            flat = (rows * width + parent).flatten()
-            state = (state[0][:, flat], state[1][:, flat])
-            word = fed[flat].gather(1, index.flatten()[:, None, None].expand(-1, 1, dim))
-        return found[:, 0], score[:, 0]
+        with torch.no_grad():
+            fed, asked = self.encode(elements)
+        choices = fed.shape[1]
+        words = torch.cat((fed, self.start.expand(len(fed), -1, -1)), 1).repeat_interleave(width, 0)
+        asked = asked.repeat_interleave(width, 0)
+        rows = torch.arange(len(words), device=fed.device)
+
+        def step(index: Tensor, state: Reading) -> tuple[Tensor, Reading]:
+            hidden, cell, taken = state
+            taken = taken.scatter(1, index[:, None], True)
+            out, (hidden, cell) = self.reader(words[rows, index][:, None], (hidden, cell))
+            logits = self.point(out, asked, taken[:, None, :choices])[:, 0]
+            return logits.log_softmax(-1), (hidden, cell, taken)
+
+        blank = fed.new_zeros(1, len(words), fed.shape[2])
+        taken = torch.zeros(len(words), choices + 1, dtype=torch.bool, device=fed.device)
+        first = torch.full((len(fed),), choices, device=fed.device)
+        end = count if self.ends else None
+        return beam_search(step, _select, (blank, blank, taken), first, width, length, end)
+
+
+def _select(state: Reading, rows: Tensor) -> Reading:
+    hidden, cell, taken = state
+    return hidden[:, rows], cell[:, rows], taken[rows]

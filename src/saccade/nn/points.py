@@ -29,7 +29,7 @@ def point_pair_features(p: Tensor, n: Tensor, other: Tensor, other_n: Tensor) ->
 
 def nearest(points: Tensor, count: int) -> Tensor:
     """The `count` nearest points of each, itself first: points (B, N, 3) to indices (B, N, count)."""
-    if not 1 <= count <= points.shape[1]:
+    if not min(1, points.shape[1]) <= count <= points.shape[1]:
         raise ValueError(
             f"each of {points.shape[1]} points has 1 to {points.shape[1]} neighbours, got {count}"
         )

@@ -83,6 +83,8 @@ class RelationalAttention(nn.Module):
         entries: int = 32,
     ) -> None:
         super().__init__()
+        if dim < 1 or heads < 1:
+            raise ValueError(f"dim and heads must be at least 1, got dim={dim} and heads={heads}")
         if head_dim is None and dim % heads:
             raise ValueError(f"dim={dim} is not divisible by heads={heads}; give head_dim")
         size = head_dim or dim // heads
@@ -165,9 +167,10 @@ class DualAttention(nn.Module):
         **options: int | bool | str,
     ) -> None:
         super().__init__()
-        if not 0 <= relational <= heads or dim % heads:
+        if heads < 1 or not 0 <= relational <= heads or dim % heads:
             raise ValueError(
-                f"relational heads are 0 to {heads} of heads that divide dim, got {relational} of {heads} with dim={dim}"
+                f"relational heads are 0 to {heads} of at least one that divide dim, got {relational} of heads={heads} "
+                f"with dim={dim}"
             )
         size, sensory = dim // heads, heads - relational
         self.sensory = Attention(dim, sensory, mechanism, head_dim=size) if sensory else None

@@ -244,17 +244,32 @@ class EncoderDecoder(nn.Module):
             x = block(x, target_lengths, memory, source_lengths)
         return self.norm(x) @ self.embedding.tokens.weight.T
 
+    def init_state(self, batch: int) -> list[State]:
+        """One state a block, before the first target token."""
+        return [block.attention.init_state(batch) for block in self.blocks]
+
+    def step(
+        self, target: Tensor, states: list[State], memory: Tensor, source_lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """Logits of new target tokens (B, n) after those that the states have seen, and the states after them.
+
+        `memory` (B, S, dim) is what the encoder makes of the source.
+        """
+        x, after = self.embedding(target, states[0].length), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block.step(x, state, memory, source_lengths)
+            after.append(state)
+        return self.norm(x) @ self.embedding.tokens.weight.T, after
+
     @torch.no_grad()
     def greedy(self, source: Tensor, start: int, length: int, source_lengths: Tensor | None = None) -> Tensor:
         """The likeliest next token, `length` times, after the token `start`: (B, length)."""
         memory = self.encoder(source, source_lengths)
-        states = [block.attention.init_state(source.shape[0]) for block in self.blocks]
+        states = self.init_state(source.shape[0])
         token = torch.full((source.shape[0], 1), start, dtype=torch.long, device=source.device)
         found = []
-        for at in range(length):
-            x = self.embedding(token, at)
-            for n, block in enumerate(self.blocks):
-                x, states[n] = block.step(x, states[n], memory, source_lengths)
-            token = (self.norm(x) @ self.embedding.tokens.weight.T).argmax(-1)
+        for _ in range(length):
+            logits, states = self.step(token, states, memory, source_lengths)
+            token = logits.argmax(-1)
             found.append(token)
         return torch.cat(found, dim=1)

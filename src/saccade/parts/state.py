@@ -69,6 +69,15 @@ class State:
             m.nbytes for m in self.members
         )
 
+    def select(self, rows: Tensor) -> State:
+        """The state of these rows of the batch, in this order: a beam goes on from the best of its rows."""
+        return State(
+            {n: x.index_select(0, rows) for n, x in self.tensors.items()},
+            self.length,
+            self.start,
+            tuple(m.select(rows) for m in self.members),
+        )
+
     def detach(self) -> State:
         """The same state outside the autograd graph."""
         return State(

@@ -55,7 +55,9 @@ def check(
         raise ValueError(f"q and k must share head_dim, got {q.shape[-1]} and {k.shape[-1]}")
     heads, groups = q.shape[1], k.shape[1]
     if not groups or not heads or heads % groups:
-        raise ValueError(f"the {groups} key-value heads must divide the {heads} query heads")
+        raise ValueError(
+            f"the {groups} key-value heads must divide the {heads} query heads, and there is at least one of each"
+        )
     wanted = m.kv_heads(heads)
     if wanted != heads and groups != wanted:
         raise ValueError(f"{m} has {wanted} key-value heads for {heads} query heads, but k has {groups}")
