@@ -7,7 +7,9 @@ from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.diffusion import MaskedDiffusion
+from saccade.nn.eviction import Eviction, Fifo, KeyValueMemory, LeastFrequent, LeastRecent
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
+from saccade.nn.focused import FocusedAttention, crossbatch
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
@@ -49,7 +51,10 @@ __all__ = [
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
+    "Eviction",
     "ExpertState",
+    "Fifo",
+    "FocusedAttention",
     "GINAdapter",
     "GINAttention",
     "GatedConv",
@@ -57,8 +62,11 @@ __all__ = [
     "GeometryBias",
     "GraphExperts",
     "GridState",
+    "KeyValueMemory",
     "LabelAttention",
     "LearnedPositions",
+    "LeastFrequent",
+    "LeastRecent",
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
@@ -102,6 +110,7 @@ __all__ = [
     "attention_rollout",
     "choose_head_scale",
     "convert",
+    "crossbatch",
     "head_scales",
     "key_points",
     "path_attention",
