@@ -6,6 +6,7 @@ from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
+from saccade.nn.delayed import DelayedAttention, DelayedState
 from saccade.nn.diffusion import MaskedDiffusion
 from saccade.nn.eviction import Eviction, Fifo, KeyValueMemory, LeastFrequent, LeastRecent
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
@@ -48,6 +49,8 @@ __all__ = [
     "Attention",
     "ChannelGate",
     "ComplexAttention",
+    "DelayedAttention",
+    "DelayedState",
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
