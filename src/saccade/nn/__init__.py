@@ -33,6 +33,7 @@ from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
+from saccade.nn.slot_memory import SlotMemoryAttention, SlotState
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
@@ -99,6 +100,8 @@ __all__ = [
     "SinusoidalPositions",
     "SkimAttention",
     "Skimformer",
+    "SlotMemoryAttention",
+    "SlotState",
     "SpanConvAttention",
     "SparseExperts",
     "SpatialGate",
