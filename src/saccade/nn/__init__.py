@@ -7,8 +7,11 @@ from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
+from saccade.nn.delayed import DelayedAttention, DelayedState
 from saccade.nn.diffusion import MaskedDiffusion
+from saccade.nn.eviction import Eviction, Fifo, KeyValueMemory, LeastFrequent, LeastRecent
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
+from saccade.nn.focused import FocusedAttention, crossbatch
 from saccade.nn.fusion import ShallowFusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
@@ -32,6 +35,7 @@ from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
+from saccade.nn.slot_memory import SlotMemoryAttention, SlotState
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
@@ -48,10 +52,15 @@ __all__ = [
     "Attention",
     "ChannelGate",
     "ComplexAttention",
+    "DelayedAttention",
+    "DelayedState",
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
+    "Eviction",
     "ExpertState",
+    "Fifo",
+    "FocusedAttention",
     "GINAdapter",
     "GINAttention",
     "GatedConv",
@@ -59,8 +68,11 @@ __all__ = [
     "GeometryBias",
     "GraphExperts",
     "GridState",
+    "KeyValueMemory",
     "LabelAttention",
     "LearnedPositions",
+    "LeastFrequent",
+    "LeastRecent",
     "LexiconAttention",
     "LinearVirtualNode",
     "MVPFormer",
@@ -91,6 +103,8 @@ __all__ = [
     "SinusoidalPositions",
     "SkimAttention",
     "Skimformer",
+    "SlotMemoryAttention",
+    "SlotState",
     "SpanConvAttention",
     "SparseExperts",
     "SpatialGate",
@@ -106,6 +120,7 @@ __all__ = [
     "beam_search",
     "choose_head_scale",
     "convert",
+    "crossbatch",
     "head_scales",
     "key_points",
     "path_attention",
