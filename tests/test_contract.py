@@ -98,6 +98,8 @@ SYSTEMS = [
     "performer_favor(16)",
     "causal + performer_favor(16)",
     "based",
+    "lightning_attention_tnl",
+    "gqa(2) + lightning_attention_tnl(0.5)",
     "fastmax",
     "causal + fastmax",
     "causal + fastmax(1)",
