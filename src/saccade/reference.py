@@ -176,7 +176,8 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     if scale_k is not None:
         log = log + scale_k.repeat_interleave(repeat, dim=1)[:, :, None]
     log = log.expand(*phi_q.shape[:3], phi_k.shape[2]).masked_fill(~exist, -math.inf)
-    top = log.amax(-1, keepdim=True) if m.ratio is not None else torch.zeros_like(log[..., :1])
+    positive = m.ratio is not None and m.ratio.has_lse
+    top = log.amax(-1, keepdim=True) if positive else torch.zeros_like(log[..., :1])
     top = top.masked_fill(torch.isneginf(top), 0.0)
     if isinstance(m.ratio, ChannelRatio):
         sums = phi_k.sum(2).repeat_interleave(repeat, dim=1)[:, :, None]
@@ -187,6 +188,8 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     if not isinstance(m.ratio, RowRatio):
         return w, None
     total = w.sum(-1, keepdim=True)
+    if not m.ratio.has_lse:
+        return m.ratio.divide(w, total), None
     lse = (log_total(total) + top).squeeze(-1) + (0.0 if scale_q is None else scale_q)
     return divide(w, total), lse
 

@@ -70,12 +70,15 @@ def bidirectional(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     if not isinstance(m.ratio, RowRatio):
         return out, None
     total = (rows @ z.unsqueeze(-1)).view(q.shape[:3])
+    out = m.ratio.divide(out, total.unsqueeze(-1))
+    if not m.ratio.has_lse:
+        return out, None
     lse = log_total(total)
     if scale_q is not None:
         lse = lse + scale_q
     if top is not None:
         lse = lse + top.repeat_interleave(h // g, dim=1)
-    return divide(out, total.unsqueeze(-1)), lse
+    return out, lse
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -146,7 +149,9 @@ def advance(
     after = Carry(s, carry.z if z is None else z, carry.m)
     if total is None:
         return out, None, after
-    return divide(out, total.unsqueeze(-1)), log_total(total), after
+    assert isinstance(m.ratio, RowRatio)
+    out = m.ratio.divide(out, total.unsqueeze(-1))
+    return out, log_total(total) if m.ratio.has_lse else None, after
 
 
 def _square(
@@ -200,7 +205,9 @@ def _square(
     if not isinstance(ratio, RowRatio):
         return out.view(b, h, span, -1), None, after
     total = square.sum(-1) + (reader @ carry.z.unsqueeze(-1)).squeeze(-1)
-    out = divide(out, total.unsqueeze(-1))
+    out = ratio.divide(out, total.unsqueeze(-1))
+    if not ratio.has_lse:
+        return out.view(b, h, span, -1), None, after
     lse = log_total(total).view(b, g, h // g, span)
     lse = lse if level is None else lse + level.unsqueeze(2)
     return out.view(b, h, span, -1), lse.view(b, h, span), after
@@ -235,7 +242,7 @@ def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
     out = rows @ s
     if isinstance(m.ratio, RowRatio):
         total = rows @ z.unsqueeze(-1)
-        out = divide(out, total)
+        out = m.ratio.divide(out, total)
     return out.view(b, h, 1, e), Carry(s, z, level)
 
 
@@ -253,7 +260,7 @@ class RecurrentKernel(Kernel):
         why = []
         if r.masked:
             why.append("a state cannot follow a mask of single pairs; use key_lengths for padding")
-        if r.lse and not isinstance(m.ratio, RowRatio):
+        if r.lse and (m.ratio is None or not m.ratio.has_lse):
             why.append("has no row denominator, so no lse")
         if m.causal and r.shifted and not r.decoding:
             why.append("a causal state needs as many queries as keys, or a state to go on from")

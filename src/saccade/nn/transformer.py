@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,15 @@ class Block(nn.Module):
         mechanism: Mechanism,
         cross: Mechanism | None = None,
         borrows: bool = False,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.borrows = borrows
-        self.attention = Attention(dim, heads, mechanism, borrows=borrows)
+        value_dim = None if head_dim is None else dim // heads
+        self.attention = Attention(
+            dim, heads, mechanism, head_dim=head_dim, value_dim=value_dim, borrows=borrows
+        )
         self.cross_norm = nn.LayerNorm(dim) if cross is not None else None
         self.cross = Attention(dim, heads, cross) if cross is not None else None
         self.feed_forward = FeedForward(dim)
@@ -105,8 +109,10 @@ class Embedding(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model: tokens (B, L) to logits (B, L, vocab).
 
-    The mechanism is made causal; one without a causal form is refused. `positions` are vectors added to the tokens: learned
-    (up to max_length), sinusoidal or none. `init_state` and `step` decode token by token.
+    The mechanism is made causal; one without a causal form is refused. Several mechanisms take turns: block n has the n-th,
+    and they start again after the last. `positions` are vectors added to the tokens: learned (up to max_length), sinusoidal
+    or none. `head_dim` is the size of queries and keys, dim / heads as that of values unless given. `init_state` and `step`
+    decode token by token.
 
     With `share` above 1 only every `share`-th block, the first included, makes keys and values and keeps a state; the blocks
     after it read the same ones with their own queries (Brandon et al., Reducing Transformer Key-Value Cache Size with
@@ -123,10 +129,11 @@ class Transformer(nn.Module):
         dim: int = 128,
         depth: int = 4,
         heads: int = 4,
-        mechanism: str | Mechanism = "causal",
+        mechanism: str | Mechanism | Sequence[str | Mechanism] = "causal",
         max_length: int = 512,
         positions: str = "learned",
         share: int = 1,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         if share < 1:
@@ -134,9 +141,17 @@ class Transformer(nn.Module):
                 f"share is the number of blocks that read one block's keys, at least 1, got {share}"
             )
         self.share = share
-        self.mechanism = causal(parse(mechanism))
+        given = [mechanism] if isinstance(mechanism, str | Mechanism) else mechanism
+        if not given:
+            raise ValueError(
+                "a model needs at least one mechanism, got none; a single text serves all blocks"
+            )
+        self.mechanisms = tuple(causal(parse(m)) for m in given)
+        turns = (self.mechanisms[n % len(self.mechanisms)] for n in range(depth))
         self.embedding = Embedding(vocab, dim, max_length, positions)
-        self.blocks = Stack(Block(dim, heads, self.mechanism, borrows=n % share > 0) for n in range(depth))
+        self.blocks = Stack(
+            Block(dim, heads, m, borrows=n % share > 0, head_dim=head_dim) for n, m in enumerate(turns)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saccade.errors import NotSupported
+from saccade.errors import MechanismError, NotSupported
 from saccade.parts.base import Part, Sizes, arg
 
 
@@ -56,6 +56,45 @@ class Elu1(Feature):
         self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         return torch.nn.functional.elu(x) + 1, None
+
+
+@dataclass(frozen=True)
+class Taylor(Feature):
+    """phi(q).phi(k) = 1 + s, and + s^2 / 2 in second order, with s = q.k scale; scale is 1/sqrt(d) unless given.
+
+    A product of two channels stands once, times sqrt(2): 1 + d + d (d + 1) / 2 features in place of 1 + d + d^2. In first
+    order weights may be negative. (Arora et al., Simple linear attention language models balance the recall-throughput
+    tradeoff, 2024.)
+    """
+
+    order: int = arg(2, at_least=1)
+    scale: float | None = arg(None, above=0.0)
+
+    name = "taylor"
+    gives = frozenset({"denominator", "positive"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order > 2:
+            raise MechanismError(f"taylor: order must be 1 or 2, got {self.order}; for all orders use favor")
+
+    @property
+    def breaks(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset() if self.order == 2 else frozenset({"denominator", "positive"})
+
+    def map(
+        self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        d = x.shape[-1]
+        x = x * (d**-0.25 if self.scale is None else self.scale**0.5)
+        pieces = [torch.ones_like(x[..., :1]), x]
+        if self.order == 2:
+            pieces.append(x.square() * 0.5**0.5)
+            pieces += [x[..., c : c + 1] * x[..., c + 1 :] for c in range(d - 1)]
+        return torch.cat(pieces, -1), None
+
+    def size(self, head_dim: int) -> int:
+        return 1 + head_dim + (head_dim * (head_dim + 1) // 2 if self.order == 2 else 0)
 
 
 def orthogonal_gaussian(rows: int, dim: int, generator: torch.Generator | None) -> Tensor:

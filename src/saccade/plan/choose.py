@@ -35,7 +35,7 @@ from saccade.kernels.thin import ThinKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.algebra import Pairs
-from saccade.parts.memory import ChannelRatio, RowRatio
+from saccade.parts.memory import ChannelRatio
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context, take_heads
 
@@ -84,7 +84,7 @@ class ReferenceKernel(Kernel):
 
 def _has_lse(m: Mechanism) -> bool:
     if isinstance(m, Recurrent):
-        return isinstance(m.ratio, RowRatio)
+        return m.ratio is not None and m.ratio.has_lse
     return isinstance(m, Pairwise) and m.has_lse and not any(p.reach == "bucket" for p in m.parts())
 
 

@@ -6,12 +6,12 @@ from saccade.errors import MechanismError
 from saccade.mechanism import Pairwise, Recurrent, system
 from saccade.parts.base import register
 from saccade.parts.decay import ChannelDecay, FixedDecay, StepDecay
-from saccade.parts.feature import Elu1, Favor, LengthScaled, SoftmaxFeature
+from saccade.parts.feature import Elu1, Favor, LengthScaled, SoftmaxFeature, Taylor
 from saccade.parts.mask import Causal
-from saccade.parts.memory import ChannelRatio, RowRatio
+from saccade.parts.memory import ChannelRatio, RowRatio, SignedRatio
 from saccade.parts.output import OutNorm
 from saccade.parts.summary import LengthProject
-from saccade.parts.tokens import Unit
+from saccade.parts.tokens import Standardize, Unit
 from saccade.parts.write import Delta, StepWrite
 
 
@@ -74,3 +74,14 @@ def efficient_attention(normalizer: str = "softmax") -> Recurrent:
     raise MechanismError(
         f"efficient_attention: normalizer must be one of softmax, scaling, got {normalizer!r}"
     )
+
+
+@system("fastmax", ref="S131")
+def fastmax(order: int = 2, floor: float = 0.01) -> Recurrent:
+    """Weights 1 + s, and + s^2 / 2 in second order, s the product of standardised q and k, divided by their sum.
+
+    First-order weights may be negative and cancel: their sum then counts as at least `floor` in size. (Gerami et al., FAST:
+    Factorizable Attention for Speeding up Transformers, 2024.)
+    """
+    ratio = RowRatio() if order == 2 else SignedRatio(floor)
+    return Recurrent(tokens=(Standardize(),), feature=Taylor(order, scale=1.0), ratio=ratio)

@@ -10,7 +10,7 @@ import torch
 
 from saccade import reference
 from saccade.errors import NotSupported
-from saccade.mechanism import ByHead, Combine, Pairwise
+from saccade.mechanism import ByHead, Combine, Pairwise, Recurrent
 from saccade.parts.base import Sizes
 from saccade.plan import attend, plan
 from saccade.testing.subject import (
@@ -147,7 +147,7 @@ def grouped_heads(s: Subject) -> str:
     kv_side = {n for n, w in shared.items() if w.shape != own[n].shape}
     bare = (
         replace(m, heads=None)
-        if isinstance(m, Pairwise) and m.heads is not None and not s.mechanism.learned_query
+        if isinstance(m, Pairwise | Recurrent) and m.heads is not None and not m.learned_query
         else m
     )
     kept = bare.weights(Sizes(HEADS, HEADS, HEAD_DIM, VALUE_DIM))
