@@ -133,6 +133,8 @@ SYSTEMS = [
     "cope_complex(phase=true)",
     "cope_contextual(6)",
     "tra",
+    "transformer_vq(12, block=16, clip=8)",
+    "gqa(2) + rope + causal + coded_dot(8, block=16)",
     "tra(-0.5)",
     "landmark_attention(8)",
     "landmark_attention(8, top=2)",

@@ -19,6 +19,7 @@ from saccade.parts.pair import Context, Program, map_tokens, tail_name
 from saccade.parts.state import State
 from saccade.parts.tokens import On, TokenMap
 from saccade.plan.choose import combine, finish, make
+from saccade.plan.coded import advance_codes, init_codes, keeps_codes
 from saccade.plan.lives import advance_lives, init_lives, window_of
 from saccade.plan.place import empty_answer, request, zeros
 from saccade.reference import by_head
@@ -72,6 +73,8 @@ def init_state(
     if isinstance(m, Mixer):
         return State({n: _no_rows(batch, sizes[n], dtype, device) for n in m.keeps})
     assert isinstance(m, Pairwise)
+    if keeps_codes(m):
+        return init_codes(m, batch, sizes, dtype, device, tails)
     if m.heads is not None and m.heads.learned_query:
         return State(
             {
@@ -140,6 +143,8 @@ def advance(
     assert isinstance(m, Pairwise | Recurrent)
     if isinstance(m, Pairwise) and window_of(m) is not None:
         return advance_lives(m, c, state, lse, kernel)
+    if isinstance(m, Pairwise) and keeps_codes(m):
+        return advance_codes(m, _mapped(m, c, state), state, lse, kernel)
     if isinstance(m, Pairwise) and not m.learned_query:
         return _advance_cache(m, c, state, lse, kernel)
     own = "recurrent" if isinstance(m, Recurrent) else "scan"

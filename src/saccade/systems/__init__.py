@@ -45,6 +45,7 @@ from saccade.systems import (
     sparsifiner,
     tapa,
     tra,
+    transformer_vq,
 )
 
 __all__ = [
@@ -92,4 +93,5 @@ __all__ = [
     "sparsifiner",
     "tapa",
     "tra",
+    "transformer_vq",
 ]
