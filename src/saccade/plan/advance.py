@@ -71,7 +71,7 @@ def init_state(
         )
         return State({"s": carry.s, "z": carry.z, "m": carry.m} | tails)
     if isinstance(m, Mixer):
-        return State({n: _no_rows(batch, sizes[n], dtype, device) for n in m.keeps})
+        return m.fresh(batch, sizes, dtype, device)
     assert isinstance(m, Pairwise)
     if keeps_codes(m):
         return init_codes(m, batch, sizes, dtype, device, tails)
@@ -255,6 +255,12 @@ def _advance_mixer(
     m: Mixer, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
     _check_queries(c)
+    if not c.k.shape[2]:
+        return *zeros(m, c, lse), state
+    make(m, request(c, lse), kernel)  # refuses what no kernel runs
+    own = m.advance(c, state)
+    if own is not None:
+        return own[0].to(c.q.dtype), None, own[1]
     after = _grown(state, request(c, lse).grad, **{n: getattr(c, n) for n in m.keeps})
     k, v = (after.tensors.get(n, getattr(c, n)) for n in ("k", "v"))
     bound = replace(c, k=k, v=v, offset=state.length, start=state.start, decoding=state.length > 0)
