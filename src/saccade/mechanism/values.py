@@ -28,6 +28,7 @@ from saccade.parts.reweight import Reweight
 from saccade.parts.score import Dot, Score
 from saccade.parts.selection import Selection
 from saccade.parts.slots import Slots
+from saccade.parts.state import State
 from saccade.parts.summary import Summary
 from saccade.parts.tiles import Tiles
 from saccade.parts.tokens import On, TokenMap
@@ -264,7 +265,8 @@ class Mixer(Mechanism):
 
     A mixer is its own part: it declares weights, streams and buffers itself, `mix` computes it and `define` is its
     plain definition. It is whole by itself in the text form. A causal one decodes: its state keeps the latest rows of
-    what it `keeps`, and `mix` gets them with the new ones, key row r at position r + start and query row r at r + offset.
+    what it `keeps`, and `mix` gets them with the new ones, key row r at position r + start and query row r at r + offset;
+    one whose state is more than rows says so by `fresh` and `advance`.
     """
 
     family = "mixer"
@@ -311,6 +313,21 @@ class Mixer(Mechanism):
     def define(self, c: Any) -> torch.Tensor:
         """The same by the formula of its paper, slowly."""
         raise NotImplementedError
+
+    def fresh(
+        self, batch: int, sizes: dict[On, tuple[int, int]], dtype: torch.dtype, device: str | torch.device
+    ) -> State:
+        """The state before the first token, given heads and size of q, k and v: no rows of what it keeps."""
+        return State(
+            {
+                n: torch.empty(batch, sizes[n][0], 0, sizes[n][1], dtype=dtype, device=device)
+                for n in self.keeps
+            }
+        )
+
+    def advance(self, c: Any, state: State) -> tuple[torch.Tensor, State] | None:
+        """New tokens after a state, their output and the next state; None where `mix` does it with the rows that are kept."""
+        return None
 
     def cost(self, r: Request) -> Cost:
         """FLOPs, bytes and peak memory of `mix`."""

@@ -157,7 +157,8 @@ class Part:
         return {}
 
     def losses(self, c: Context) -> dict[str, Tensor]:
-        """Scalars that training should add to its objective, by name; `c` holds q, k and v before the token maps."""
+        """Scalars that training should add to its objective, by name; `c` holds q, k and v before the token maps, those of a
+        score after them."""
         return {}
 
     def buffers(self, sizes: Sizes, generator: torch.Generator | None) -> dict[str, Tensor]:

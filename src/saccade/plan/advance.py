@@ -19,6 +19,7 @@ from saccade.parts.pair import Context, Program, map_tokens, tail_name
 from saccade.parts.state import State
 from saccade.parts.tokens import On, TokenMap
 from saccade.plan.choose import combine, finish, make
+from saccade.plan.coded import advance_codes, init_codes, keeps_codes
 from saccade.plan.lives import advance_lives, init_lives, window_of
 from saccade.plan.place import empty_answer, request, zeros
 from saccade.reference import by_head
@@ -70,8 +71,10 @@ def init_state(
         )
         return State({"s": carry.s, "z": carry.z, "m": carry.m} | tails)
     if isinstance(m, Mixer):
-        return State({n: _no_rows(batch, sizes[n], dtype, device) for n in m.keeps})
+        return m.fresh(batch, sizes, dtype, device)
     assert isinstance(m, Pairwise)
+    if keeps_codes(m):
+        return init_codes(m, batch, sizes, dtype, device, tails)
     if m.heads is not None and m.heads.learned_query:
         return State(
             {
@@ -140,6 +143,8 @@ def advance(
     assert isinstance(m, Pairwise | Recurrent)
     if isinstance(m, Pairwise) and window_of(m) is not None:
         return advance_lives(m, c, state, lse, kernel)
+    if isinstance(m, Pairwise) and keeps_codes(m):
+        return advance_codes(m, _mapped(m, c, state), state, lse, kernel)
     if isinstance(m, Pairwise) and not m.learned_query:
         return _advance_cache(m, c, state, lse, kernel)
     own = "recurrent" if isinstance(m, Recurrent) else "scan"
@@ -250,6 +255,12 @@ def _advance_mixer(
     m: Mixer, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
     _check_queries(c)
+    if not c.k.shape[2]:
+        return *zeros(m, c, lse), state
+    make(m, request(c, lse), kernel)  # refuses what no kernel runs
+    own = m.advance(c, state)
+    if own is not None:
+        return own[0].to(c.q.dtype), None, own[1]
     after = _grown(state, request(c, lse).grad, **{n: getattr(c, n) for n in m.keeps})
     k, v = (after.tensors.get(n, getattr(c, n)) for n in ("k", "v"))
     bound = replace(c, k=k, v=v, offset=state.length, start=state.start, decoding=state.length > 0)

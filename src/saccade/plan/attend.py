@@ -11,6 +11,7 @@ from torch import Tensor
 from saccade.errors import NotSupported
 from saccade.mechanism import ByHead, Combine, Mechanism, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
+from saccade.parts.base import Part
 from saccade.parts.pair import Context, map_tokens
 from saccade.parts.selection import Selection
 from saccade.parts.state import State
@@ -162,12 +163,20 @@ def _losses(m: Mechanism, c: Context) -> dict[str, Tensor]:
         shares = by_head(m, c) if isinstance(m, ByHead) else [c] * len(m.children)
         each = [_losses(child, share) for child, share in zip(m.children, shares, strict=True)]
     else:
-        each = [part.losses(replace(c, looks_back=m.causal)) for part in m.parts()]
+        c = replace(c, looks_back=m.causal)
+        each = [part.losses(_seen_by(part, m, c)) for part in m.parts()]
     found: dict[str, Tensor] = {}
     for losses in each:
         for name, loss in losses.items():
             found[name] = found[name] + loss if name in found else loss
     return found
+
+
+def _seen_by(part: Part, m: Mechanism, c: Context) -> Context:
+    """The context of a part's losses: a score compares what the token maps leave."""
+    if part.kind != "score" or type(part).losses is Part.losses or not isinstance(m, Pairwise):
+        return c
+    return map_tokens(m.tokens, c, c.k.shape[2])
 
 
 def _needs(need: Sequence[str | Weights]) -> tuple[set[str], Weights]:

@@ -17,6 +17,7 @@ from saccade.kernels.base import Kernel
 from saccade.kernels.block import BlockKernel
 from saccade.kernels.bucket import BucketKernel
 from saccade.kernels.chunk import ChunkKernel
+from saccade.kernels.codes import CodesKernel
 from saccade.kernels.decode import DecodeKernel
 from saccade.kernels.fetch import FetchKernel
 from saccade.kernels.flex import FlexKernel
@@ -104,6 +105,7 @@ KERNELS: tuple[Kernel, ...] = (
     RecurrentKernel(),
     MixerKernel(),
     MeanKernel(),
+    CodesKernel(),
     SparseKernel(),
     FlexKernel(),
     SlabKernel(),

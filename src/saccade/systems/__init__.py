@@ -7,6 +7,7 @@ from saccade.systems import (
     based,
     catalogue,
     comateformer,
+    combiner,
     cope_complex,
     dhsa,
     dynamic_conv,
@@ -47,6 +48,7 @@ from saccade.systems import (
     sparsifiner,
     tapa,
     tra,
+    transformer_vq,
 )
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "based",
     "catalogue",
     "comateformer",
+    "combiner",
     "cope_complex",
     "dhsa",
     "dynamic_conv",
@@ -96,4 +99,5 @@ __all__ = [
     "sparsifiner",
     "tapa",
     "tra",
+    "transformer_vq",
 ]
