@@ -7,6 +7,7 @@ from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.diffusion import MaskedDiffusion
+from saccade.nn.ema import DampedEMA
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
@@ -15,6 +16,7 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.mega import Mega, MegaState
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.multi_source import MultiSourceAttention
@@ -46,6 +48,7 @@ __all__ = [
     "Attention",
     "ChannelGate",
     "ComplexAttention",
+    "DampedEMA",
     "DualAttention",
     "Encoder",
     "EncoderDecoder",
@@ -63,6 +66,8 @@ __all__ = [
     "LinearVirtualNode",
     "MVPFormer",
     "MaskedDiffusion",
+    "Mega",
+    "MegaState",
     "MoSA",
     "MoSAState",
     "MonotonicLocation",
