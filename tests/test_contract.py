@@ -55,6 +55,7 @@ PLAIN = [
     "causal + sparsemax",
     "causal + sigmoid",
     "causal + unnormalized",
+    "causal + dot(1.0) + per_key + rel_bias(9) + laplace",
     "causal + sink_logit",
     "window(12) + out_norm + out_gate",
     "linear",

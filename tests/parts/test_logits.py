@@ -95,6 +95,21 @@ def test_length_scale_grows_with_the_keys_of_a_row(pairs: str, ragged: bool) -> 
                 assert got[0, h, i, j].item() == pytest.approx(want, abs=1e-12)
 
 
+@pytest.mark.parametrize("pairs", ["full", "causal", "chunk(3)"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_per_key_divides_by_the_keys_of_a_row(pairs: str, ragged: bool) -> None:
+    q, k = torch.randn(2, 1, 2, 8, 3, dtype=torch.float64)
+    m = sc.mechanism(f"{pairs} + per_key")
+    assert isinstance(m, sc.Pairwise)
+    got = tools.logits(m, q, k, ends=torch.tensor([6]) if ragged else None)
+    for h in range(2):
+        for i in range(8):
+            keys = [j for j in range(8) if got[0, h, i, j] > -math.inf]
+            for j in keys:
+                want = float(q[0, h, i] @ k[0, h, j]) / math.sqrt(3) / len(keys)
+                assert got[0, h, i, j].item() == pytest.approx(want, abs=1e-12)
+
+
 def test_rows_of_the_named_length_start_as_plain_ones() -> None:
     q, k, v = torch.randn(3, 1, 2, 16, 4)
     gain = {"length_scale": torch.ones(2)}

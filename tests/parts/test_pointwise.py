@@ -11,7 +11,7 @@ from torch import Tensor
 import saccade as sc
 from parts import tools
 from saccade.parts.normalizer import Normalizer
-from saccade.parts.pointwise import Relu, RowStandard, Sigmoid, Unnormalized
+from saccade.parts.pointwise import Laplace, Relu, RowStandard, Sigmoid, Unnormalized
 
 H, L, S = 2, 5, 7
 GAIN, BIAS = torch.tensor([1.5, -0.4], dtype=torch.float64), torch.tensor([0.3, 0.1], dtype=torch.float64)
@@ -33,6 +33,9 @@ def weigh(normalizer: Normalizer, head: int, row: list[float]) -> list[float]:
         return [max(0.0, s) for s in row]
     if isinstance(normalizer, Unnormalized):
         return row
+    if isinstance(normalizer, Laplace):
+        mean, deviation = math.sqrt(1 / 2), math.sqrt(1 / (4 * math.pi))
+        return [(1 + math.erf((s - mean) / (deviation * math.sqrt(2)))) / 2 for s in row]
     if isinstance(normalizer, Sigmoid):
         shift = math.log(len(row)) if normalizer.counted and row else 0.0
         return [1 / (1 + math.exp(shift - s)) for s in row]
@@ -45,7 +48,8 @@ def weigh(normalizer: Normalizer, head: int, row: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "normalizer", [Relu(), Unnormalized(), Sigmoid(), Sigmoid(False), RowStandard(), RowStandard(0.5)]
+    "normalizer",
+    [Relu(), Laplace(), Unnormalized(), Sigmoid(), Sigmoid(False), RowStandard(), RowStandard(0.5)],
 )
 def test_weights_of_a_masked_row(normalizer: Normalizer) -> None:
     q, k = (torch.randn(1, H, n, 4, dtype=torch.float64) for n in (L, S))
@@ -60,7 +64,9 @@ def test_weights_of_a_masked_row(normalizer: Normalizer) -> None:
             assert w[0, h, i].count_nonzero() <= len(keys)
 
 
-@pytest.mark.parametrize("text", ["relu", "unnormalized", "sigmoid", "sigmoid(false)", "row_standard"])
+@pytest.mark.parametrize(
+    "text", ["relu", "laplace", "unnormalized", "sigmoid", "sigmoid(false)", "row_standard"]
+)
 def test_gradients_are_those_of_the_definition_and_finite_in_empty_rows(text: str) -> None:
     q, k, v = (torch.randn(1, H, n, 3, dtype=torch.float64, requires_grad=True) for n in (L, S, S))
     mask = torch.rand(1, H, L, S) < 0.7
@@ -83,8 +89,16 @@ def test_equal_logits_get_the_bias_and_no_gradient_through_the_deviation() -> No
     assert torch.isfinite(torch.autograd.grad(w.sum(), s)[0]).all()
 
 
-@pytest.mark.parametrize("text", ["relu", "unnormalized", "sigmoid(false)"])
+@pytest.mark.parametrize("text", ["relu", "laplace", "unnormalized", "sigmoid(false)"])
 def test_parts_of_the_keys_add_up(text: str) -> None:
     q, k, v = torch.randn(3, 1, H, 9, 4, dtype=torch.float64)
     parts = [sc.attend(q, k[:, :, c], v[:, :, c], text) for c in (slice(0, 3), slice(3, 9))]
     torch.testing.assert_close(parts[0] + parts[1], sc.attend(q, k, v, text), atol=1e-12, rtol=0)
+
+
+def test_laplace_meets_the_squared_relu_in_value_and_slope() -> None:
+    s = torch.tensor([[math.sqrt(1 / 2)]], dtype=torch.float64, requires_grad=True)
+    values = Laplace().normalize(s)[0], torch.relu(s).square()
+    slopes = [float(torch.autograd.grad(x.sum(), s)[0]) for x in values]
+    assert values[0].item() == pytest.approx(values[1].item(), abs=1e-12)
+    assert slopes[0] == pytest.approx(slopes[1], abs=1e-12)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import saccade as sc
 from parts import tools
-from saccade.parts.relative import RelTable, RelValue, T5Bias
+from saccade.parts.relative import RelBias, RelTable, RelValue, T5Bias
 
 B, H, G, L, S, D, E = 2, 4, 2, 7, 11, 6, 5
 
@@ -49,6 +49,16 @@ def test_t5_buckets(buckets: int, distance: int, two_sided: bool) -> None:
     want = [t5_bucket(int(x), buckets, distance, two_sided) for x in back]
     assert part.bucket(back).tolist() == want
     assert set(want) <= set(range(buckets))
+
+
+def test_rel_bias_adds_the_number_of_head_and_clipped_distance() -> None:
+    q, k, _ = tensors()
+    table = torch.randn(H, 7, dtype=torch.float64)
+    got = tools.logits(sc.Pairwise(logits=(RelBias(3),)), q, k, params={"rel_bias": table})
+    plain = tools.logits(sc.Pairwise(), q, k)
+    for h, i, j in itertools.product(range(H), range(L), range(S)):
+        apart = max(-3, min(3, j - (i + S - L)))
+        torch.testing.assert_close(got[:, h, i, j], plain[:, h, i, j] + table[h, apart + 3])
 
 
 @pytest.mark.parametrize("two_sided", [False, True])

@@ -113,3 +113,15 @@ class LengthScale(Logits):
         assert t.count is not None
         gain = t.params["length_scale"].to(s.dtype)[:, None, None]
         return s * gain * (t.count.clamp_min(1).to(s.dtype).log() / math.log(self.length))
+
+
+@dataclass(frozen=True)
+class PerKey(Logits):
+    """s / n with n the keys that the row may read, whatever a mask of single pairs leaves (Ma et al., Mega, 2023)."""
+
+    name = "per_key"
+    reach = "count"
+
+    def tile(self, s: Tensor, t: Tile) -> Tensor:
+        assert t.count is not None
+        return s / t.count.clamp_min(1).to(s.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,21 @@ class Sigmoid(Normalizer):
         if self.counted:
             s = s - row_count(s).clamp_min(1).to(s.dtype).log()
         return torch.sigmoid(s), None
+
+
+@dataclass(frozen=True)
+class Laplace(Normalizer):
+    """w = (1 + erf((s - mean) / (deviation sqrt 2))) / 2, mean sqrt(1/2), deviation sqrt(1/(4 pi)): near relu(s)^2 at s = mean.
+
+    (Ma et al., Mega: Moving Average Equipped Gated Attention, 2023.)
+    """
+
+    name = "laplace"
+    held = (3, 4)
+    gives = frozenset({"positive"})
+
+    def normalize(self, s: Tensor, t: Tile | None = None) -> tuple[Tensor, None]:
+        return torch.erfc((math.sqrt(0.5) - s) * math.sqrt(2 * math.pi)) / 2, None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class T5Bias(Logits):
 
 
 class Relative(Part):
-    """A table with a learned vector for each distance j - i clipped to -clip..clip, shared by all heads."""
+    """A table with a learned row for each distance j - i clipped to -clip..clip."""
 
     clip: int
 
@@ -80,8 +80,27 @@ class Relative(Part):
 
 
 @dataclass(frozen=True)
+class RelBias(Relative, Logits):
+    """s + b[clip(j - i)], one learned number a head and distance (Ma et al., Mega, 2023: the simple bias)."""
+
+    clip: int = arg(16, at_least=1)
+
+    name = "rel_bias"
+
+    def weights(self, sizes: Sizes) -> dict[str, Weight]:
+        return {"rel_bias": Weight((sizes.heads, 2 * self.clip + 1), init="zeros")}
+
+    def tile(self, s: Tensor, t: Tile) -> Tensor:
+        bias = t.params["rel_bias"].to(s.dtype)[:, self.index(t)[:, 0]]
+        return s + bias.transpose(0, 1)
+
+
+@dataclass(frozen=True)
 class RelTable(Relative, Logits):
-    """s + q.a[clip(j - i)], q scaled as the score does (Shaw et al., Self-Attention with Relative Position Representations, 2018)."""
+    """s + q.a[clip(j - i)], a shared by all heads, q scaled as the score does.
+
+    (Shaw et al., Self-Attention with Relative Position Representations, 2018.)
+    """
 
     clip: int = arg(16, at_least=1)
 
@@ -101,7 +120,7 @@ class RelTable(Relative, Logits):
 
 @dataclass(frozen=True)
 class RelValue(Relative, Value):
-    """sum_j w_ij a[clip(j - i)]: weights are added up by distance first (Shaw et al., 2018)."""
+    """sum_j w_ij a[clip(j - i)], a shared by all heads: weights are added up by distance first (Shaw et al., 2018)."""
 
     clip: int = arg(16, at_least=1)
 
