@@ -67,6 +67,8 @@ PLAIN = [
     "delta_net",
     "gated_delta_net",
     "mamba2",
+    "hedgehog",
+    "causal + rope + hedgehog",
     "unit + causal + identity + delta(2) + channel_decay(2)",
     "causal + elu1 + ratio + channel_decay(2)",
     "causal + performer_favor(12) + gate_decay(2)",

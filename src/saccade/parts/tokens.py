@@ -29,6 +29,10 @@ class TokenMap(Part):
         """How many tokens before its own an output depends on; a state keeps so many rows."""
         return 0
 
+    def flops(self, head_dim: int) -> int:
+        """Matrix FLOPs that a mapped head vector costs."""
+        return 0
+
     def map(self, x: Tensor, positions: Tensor, on: On, c: Context) -> Tensor:
         """x (B, heads, past + n, d), one of q, k and v, and ascending positions (B or 1, n) to (B, heads, n, d).
 

@@ -298,6 +298,19 @@ def _core_request(m: Mechanism, r: Request) -> Request:
     return replace(r, lse=True) if isinstance(m, Pairwise) and m.slots is not None and not r.lse else r
 
 
+def _mapping_flops(m: Mechanism, r: Request) -> int:
+    """Matrix FLOPs of the token maps, which run before any kernel; with gradients, of inputs and weights too."""
+    s = r.shape
+    each = {
+        "q": (s.heads * s.length, s.head_dim),
+        "k": (s.kv_heads * s.keys, s.head_dim),
+        "v": (s.kv_heads * s.keys, s.value_dim),
+    }
+    maps = m.tokens if isinstance(m, Pairwise | Recurrent) else ()
+    flops = sum(each[on][0] * part.flops(each[on][1]) for part in maps for on in part.on)
+    return s.batch * flops * (3 if r.grad else 1)
+
+
 def _per_head(m: Pairwise, r: Request, kernel: str | None) -> Plan:
     """A plan for each set of heads that read the same pairs."""
     tied = [p for p in m.parts() if p.reach == "head"]
@@ -338,12 +351,14 @@ def make(m: Mechanism, r: Request, kernel: str | None = None) -> Plan:
     if isinstance(m, Pairwise) and m.pairs.by_head and not any(p.head_bound for p in m.parts()):
         return _per_head(m, r, kernel)
     found = []
-    inner, asked = core(m), _core_request(m, r)
+    inner, asked, mapping = core(m), _core_request(m, r), _mapping_flops(m, r)
     for k in KERNELS:
         why = k.reasons(inner, asked)
         if kernel is not None and k.name != kernel:
             why = [*why, f"the call demands {kernel}"]
         cost = None if why else k.cost(inner, asked)
+        if cost is not None and mapping:
+            cost = replace(cost, flops=cost.flops + mapping)
         if cost is not None and inner is not m:
             cost = replace(cost, peak=cost.peak + 2 * r.tensor_bytes()[3])
         time = float("inf") if cost is None else seconds(cost, r.device, r.dtype, k.efficiency(r))
