@@ -17,7 +17,7 @@ from saccade.nn.fusion import ShallowFusion
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
-from saccade.nn.graphs import LinearVirtualNode, MPNN, VirtualNodeLayer
+from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
@@ -29,7 +29,7 @@ from saccade.nn.mvpformer import MVPFormer
 from saccade.nn.path import PathAttention, PathState, path_attention
 from saccade.nn.pervasive import GridState, PervasiveAttention
 from saccade.nn.pointer import PointerNetwork
-from saccade.nn.points import PPFAttention, PointMatcher
+from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
 from saccade.nn.regions import RegionRouting
@@ -43,4 +43,94 @@ from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, super
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
-__all__ = ["Attention", "CBAM", "ChannelGate", "ComplexAttention", "DCAL", "DampedEMA", "DelayedAttention", "DelayedState", "DualAttention", "Encoder", "EncoderDecoder", "Eviction", "ExpertState", "Fifo", "FocusedAttention", "GINAdapter", "GINAttention", "GatedConv", "GaussianGate", "GeometryBias", "GraphExperts", "GridState", "ISAB", "KeyValueMemory", "LabelAttention", "LearnedPositions", "LeastFrequent", "LeastRecent", "LexiconAttention", "LinearVirtualNode", "MAB", "MPNN", "MVPFormer", "MaskedDiffusion", "Mega", "MegaState", "MoSA", "MoSAState", "MonotonicLocation", "MonotonicSeq2Seq", "MultiSourceAttention", "PMA", "PPFAttention", "PairBlock", "PathAttention", "PathState", "PervasiveAttention", "PointBridge", "PointMatcher", "PointerNetwork", "PositionalAttention", "PositionalBlock", "Readout", "RegionRouting", "RelationalAttention", "ResidualAttention", "ResidualAttentionNetwork", "SAB", "SentenceGate", "SetTransformer", "ShallowFusion", "SinusoidalPositions", "SkimAttention", "Skimformer", "SlotMemoryAttention", "SlotState", "SpanConvAttention", "SparseExperts", "SpatialGate", "SuperAttention", "SuperlinearAttention", "SuperlinearState", "Transformer", "UpDownMask", "VariationalAttention", "VirtualNodeLayer", "add_gin_adapters", "attention_rollout", "beam_search", "choose_head_scale", "convert", "crossbatch", "head_scales", "key_points", "path_attention", "route_flips", "skimming_mask", "superlinear_attention", "tune_head_scales"]
+__all__ = [
+    "CBAM",
+    "DCAL",
+    "ISAB",
+    "MAB",
+    "MPNN",
+    "PMA",
+    "SAB",
+    "Attention",
+    "ChannelGate",
+    "ComplexAttention",
+    "DampedEMA",
+    "DelayedAttention",
+    "DelayedState",
+    "DualAttention",
+    "Encoder",
+    "EncoderDecoder",
+    "Eviction",
+    "ExpertState",
+    "Fifo",
+    "FocusedAttention",
+    "GINAdapter",
+    "GINAttention",
+    "GatedConv",
+    "GaussianGate",
+    "GeometryBias",
+    "GraphExperts",
+    "GridState",
+    "KeyValueMemory",
+    "LabelAttention",
+    "LearnedPositions",
+    "LeastFrequent",
+    "LeastRecent",
+    "LexiconAttention",
+    "LinearVirtualNode",
+    "MVPFormer",
+    "MaskedDiffusion",
+    "Mega",
+    "MegaState",
+    "MoSA",
+    "MoSAState",
+    "MonotonicLocation",
+    "MonotonicSeq2Seq",
+    "MultiSourceAttention",
+    "PPFAttention",
+    "PairBlock",
+    "PathAttention",
+    "PathState",
+    "PervasiveAttention",
+    "PointBridge",
+    "PointMatcher",
+    "PointerNetwork",
+    "PositionalAttention",
+    "PositionalBlock",
+    "Readout",
+    "RegionRouting",
+    "RelationalAttention",
+    "ResidualAttention",
+    "ResidualAttentionNetwork",
+    "SentenceGate",
+    "SetTransformer",
+    "ShallowFusion",
+    "SinusoidalPositions",
+    "SkimAttention",
+    "Skimformer",
+    "SlotMemoryAttention",
+    "SlotState",
+    "SpanConvAttention",
+    "SparseExperts",
+    "SpatialGate",
+    "SuperAttention",
+    "SuperlinearAttention",
+    "SuperlinearState",
+    "Transformer",
+    "UpDownMask",
+    "VariationalAttention",
+    "VirtualNodeLayer",
+    "add_gin_adapters",
+    "attention_rollout",
+    "beam_search",
+    "choose_head_scale",
+    "convert",
+    "crossbatch",
+    "head_scales",
+    "key_points",
+    "path_attention",
+    "route_flips",
+    "skimming_mask",
+    "superlinear_attention",
+    "tune_head_scales",
+]
