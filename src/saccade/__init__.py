@@ -9,7 +9,18 @@ from saccade.errors import MechanismError, NotSupported
 from saccade.mechanism import ByHead, Join, Mechanism, Mix, Pairwise, Recurrent, causal, mechanism, system
 from saccade.parts.normalizer import merge
 from saccade.parts.state import State
-from saccade.plan import Attended, Plan, ReceptiveField, Weights, attend, init_state, plan, receptive_field
+from saccade.plan import (
+    Attended,
+    Plan,
+    Ragged,
+    ReceptiveField,
+    Weights,
+    attend,
+    attend_ragged,
+    init_state,
+    plan,
+    receptive_field,
+)
 
 if TYPE_CHECKING:
     from saccade import insight, nn, testing
@@ -27,12 +38,14 @@ __all__ = [
     "NotSupported",
     "Pairwise",
     "Plan",
+    "Ragged",
     "ReceptiveField",
     "Recurrent",
     "Shape",
     "State",
     "Weights",
     "attend",
+    "attend_ragged",
     "causal",
     "draw",
     "init_state",

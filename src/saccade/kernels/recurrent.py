@@ -197,11 +197,10 @@ def _square(
         writer = fk * torch.exp(writes).unsqueeze(-1)
     square = a.view(b, g, -1, span)
     out = square @ v + reader @ carry.s
-    s, z = writer.transpose(-1, -2) @ v, writer.sum(2)
-    if keep is None:
-        after = Carry(carry.s + s, carry.z + z, final)
-    else:
-        after = Carry(carry.s * keep[..., None, None] + s, carry.z * keep[..., None] + z, final)
+    s, z = writer.transpose(-1, -2) @ v, carry.z
+    if ratio is not None:
+        z = (z if keep is None else z * keep[..., None]) + writer.sum(2)
+    after = Carry((carry.s if keep is None else carry.s * keep[..., None, None]) + s, z, final)
     if not isinstance(ratio, RowRatio):
         return out.view(b, h, span, -1), None, after
     total = square.sum(-1) + (reader @ carry.z.unsqueeze(-1)).squeeze(-1)
@@ -237,7 +236,7 @@ def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
     elif gain is not None:
         fk = fk * gain.unsqueeze(-1)
     s = s + fk.unsqueeze(-1) * value.unsqueeze(-2)
-    z = carry.z * keep + fk
+    z = carry.z if m.ratio is None else carry.z * keep + fk
     rows = phi_q.view(b, g, h // g, -1)
     out = rows @ s
     if isinstance(m.ratio, RowRatio):
