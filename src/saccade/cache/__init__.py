@@ -1,0 +1,8 @@
+"""Key-value caches on a budget: what is kept, as a value, and storage that really shrinks."""
+
+from saccade.cache import evict
+from saccade.cache.layer import LayerCache
+from saccade.cache.policy import Phases, Policy, Sight, policy
+from saccade.cache.segments import Segments
+
+__all__ = ["LayerCache", "Phases", "Policy", "Segments", "Sight", "evict", "policy"]
