@@ -27,7 +27,7 @@ def run(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> 
     for qs, ks, vs in zip(*(x.split(cuts, 2) for x in (q, k, v)), strict=True):
         cache.append(ks, vs)
         outs.append(cache.attend(qs))
-        if "h2o" in str(cache.policy):
+        if cache.wants_mass:
             cache.observe(qs)
         if qs.shape[2] > 1 or cache.due:
             cache.compress(qs)

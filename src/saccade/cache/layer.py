@@ -56,6 +56,19 @@ class LayerCache:
         return tuple(n + self.recent for n in self.kept.counts)
 
     @property
+    def batch(self) -> int:
+        """Samples."""
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    @property
+    def wants_mass(self) -> bool:
+        """True where the policy asks for the weight that keys have received."""
+        both = (
+            (self.policy.prefill, self.policy.decode) if isinstance(self.policy, Phases) else (self.policy,)
+        )
+        return any(p.mass for p in both)
+
+    @property
     def due(self) -> bool:
         """True when so many tokens have come that the policy should choose again."""
         return self.kept is None or self.recent >= self.every

@@ -6,5 +6,6 @@ except ImportError:
     raise ImportError("saccade.hf runs models of transformers: pip install saccade[hf]") from None
 
 from saccade.hf.attach import Attachment, attach, attention_layers, detach
+from saccade.hf.compress import BudgetCache, Compression, compress
 
-__all__ = ["Attachment", "attach", "attention_layers", "detach"]
+__all__ = ["Attachment", "BudgetCache", "Compression", "attach", "attention_layers", "compress", "detach"]

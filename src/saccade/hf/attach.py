@@ -23,7 +23,7 @@ def attention_layers(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules of a model that call the attention of `transformers` on their own tokens, by the number of their layer."""
     found: dict[int, list[nn.Module]] = {}
     for module in _callers(model):
-        if not _crosses(module):
+        if not crosses(module):
             number = getattr(module, "layer_idx", None)
             found.setdefault(len(found) if number is None else int(number), []).append(module)
     return found
@@ -38,7 +38,8 @@ def _callers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _crosses(module: nn.Module) -> bool:
+def crosses(module: nn.Module) -> bool:
+    """True for attention to an encoder."""
     return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
 
 
@@ -108,7 +109,7 @@ def attach(model: Any, mechanisms: Choice, *, cross: str | Mechanism = "full") -
             setattr(module, SLOT, Layer(m, number))
             set_modules.append(module)
     for module in callers:
-        if _crosses(module):
+        if crosses(module):
             m = parse(cross)
             _check(m, module, -1, False)
             setattr(module, SLOT, Layer(m, -1))

@@ -69,9 +69,7 @@ def run(
             f"{type(module).__name__} adds a learned bias for every pair, which no mechanism takes; leave its layers out"
         )
     m, params = _with_rules(layer, softcap, s_aux)
-    scale = 1 / math.sqrt(query.shape[-1])
-    if scaling is not None and not math.isclose(scaling, scale, rel_tol=1e-6):
-        query = query * (scaling / scale)
+    query = scaled(query, scaling)
     need = ("out", Weights()) if output_attentions else ("out",)
     if isinstance(attention_mask, Seen):
         made = _as_seen(m, params, query, key, value, attention_mask, sliding_window, need)
@@ -82,6 +80,12 @@ def run(
     if isinstance(made, Tensor):
         return made.transpose(1, 2).contiguous(), None
     return made.out.transpose(1, 2).contiguous(), made.weights
+
+
+def scaled(q: Tensor, scaling: float | None) -> Tensor:
+    """Queries for logits q.k / sqrt(d) that equal q.k times the model's scale."""
+    usual = 1 / math.sqrt(q.shape[-1])
+    return q if scaling is None or math.isclose(scaling, usual, rel_tol=1e-6) else q * (scaling / usual)
 
 
 def _with_rules(
