@@ -28,6 +28,7 @@ from saccade.nn.pointer import PointerNetwork
 from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.prototypes import PrototypeAttention, prototypes
 from saccade.nn.regions import RegionRouting
 from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
@@ -90,6 +91,7 @@ __all__ = [
     "PointerNetwork",
     "PositionalAttention",
     "PositionalBlock",
+    "PrototypeAttention",
     "Readout",
     "RegionRouting",
     "RelationalAttention",
@@ -120,6 +122,7 @@ __all__ = [
     "head_scales",
     "key_points",
     "path_attention",
+    "prototypes",
     "route_flips",
     "skimming_mask",
     "superlinear_attention",
