@@ -184,6 +184,7 @@ def test_work_grows_as_the_length() -> None:
 
 def test_no_token_gives_no_output() -> None:
     assert layer(4, 2)(tokens(0)).shape == (2, 0, DIM)
+    assert layer(4)(tokens(9, batch=0)).shape == (0, 9, DIM)
 
 
 def test_bad_arguments() -> None:

@@ -161,6 +161,7 @@ def test_work_beside_the_search_does_not_grow_with_the_memory() -> None:
 
 def test_no_token_gives_no_output() -> None:
     assert layer()(tokens(0)).shape == (2, 0, DIM)
+    assert layer(4)(tokens(9, batch=0)).shape == (0, 9, DIM)
     assert layer()(tokens(0), documents=2).shape == (2, 0, DIM)
 
 

@@ -164,6 +164,7 @@ def test_work_grows_as_the_length() -> None:
 def test_no_token_gives_no_output(slots: int) -> None:
     m = layer(slots)
     assert m(tokens(0)).shape == (2, 0, DIM)
+    assert m(tokens(9, batch=0)).shape == (0, 9, DIM)
     assert m.step(tokens(0), m.init_state(2))[0].shape == (2, 0, DIM)
 
 
@@ -233,4 +234,4 @@ def test_a_code_is_copied_over_three_chunks() -> None:
 def test_the_code_is_copied_on_three_seeds() -> None:
     for seed in range(FRESH + 1, FRESH + 4):
         assert copied(3, seed, 300) >= 0.9
-        assert copied(0, seed, 300) <= 1.5 / SYMBOLS
+        assert copied(0, seed, 100) <= 1.5 / SYMBOLS

@@ -32,6 +32,7 @@ from saccade.nn.pointer import PointerNetwork
 from saccade.nn.points import PointMatcher, PPFAttention
 from saccade.nn.positional import PositionalAttention, PositionalBlock
 from saccade.nn.positions import LearnedPositions, SinusoidalPositions
+from saccade.nn.prototypes import PrototypeAttention, prototypes
 from saccade.nn.regions import RegionRouting
 from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
@@ -97,6 +98,7 @@ __all__ = [
     "PointerNetwork",
     "PositionalAttention",
     "PositionalBlock",
+    "PrototypeAttention",
     "Readout",
     "RegionRouting",
     "RelationalAttention",
@@ -129,6 +131,7 @@ __all__ = [
     "head_scales",
     "key_points",
     "path_attention",
+    "prototypes",
     "route_flips",
     "skimming_mask",
     "superlinear_attention",

@@ -59,12 +59,13 @@ class SlotMemoryAttention(nn.Module):
             later = (torch.arange(x.shape[1], device=x.device) >= key_lengths[:, None]).unsqueeze(-1)
             return self.forward(x.masked_fill(later, 0)).masked_fill(later, 0)
         batch, n, dim = x.shape
-        chunks = F.pad(x, (0, 0, 0, -n % self.chunk)).reshape(-1, self.chunk, dim)
+        count = -(-n // self.chunk)
+        chunks = F.pad(x, (0, 0, 0, count * self.chunk - n)).reshape(-1, self.chunk, dim)
         out = self.near(chunks)
         if self.slots and n:
-            slots, there = self._windows(self.pool(chunks).view(batch, -1, dim))
+            slots, there = self._windows(self.pool(chunks).view(batch, count, dim))
             out = out + self._recalled(chunks, slots.flatten(0, 1), there.repeat(batch, 1))
-        return out.view(batch, -1 if n else 0, dim)[:, :n]
+        return out.view(batch, count * self.chunk, dim)[:, :n]
 
     def _windows(self, summaries: Tensor) -> tuple[Tensor, Tensor]:
         """The slots that each chunk reads (B, N, slots, dim), and which of them there are (N, slots), from summaries (B, N, dim)."""
