@@ -15,6 +15,7 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.linearized import LinearizedAttention, LinearizedTransformer
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.multi_source import MultiSourceAttention
@@ -61,6 +62,8 @@ __all__ = [
     "LearnedPositions",
     "LexiconAttention",
     "LinearVirtualNode",
+    "LinearizedAttention",
+    "LinearizedTransformer",
     "MVPFormer",
     "MaskedDiffusion",
     "MoSA",
