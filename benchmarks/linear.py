@@ -45,6 +45,8 @@ BARS: list[Bar] = [
     ("S210: tokens/s, 16k over 2k", functools.partial(speed, "lightning_attention_tnl"), "at least", 0.8),
     ("S131: 8k over 4k, order 2, d = 32", functools.partial(doubled, "fastmax", 1, 32), "at most", 2.4),
     ("S131: the same, causal", functools.partial(doubled, "causal + fastmax", 1, 32), "at most", 2.4),
+    ("S176: 8k over 4k", functools.partial(doubled, "lln_attention", 8, 64), "at most", 2.3),
+    ("S176: the same, causal", functools.partial(doubled, "causal + lln_attention", 8, 64), "at most", 2.3),
 ]
 
 if __name__ == "__main__":

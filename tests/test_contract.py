@@ -103,6 +103,8 @@ SYSTEMS = [
     "based",
     "lightning_attention_tnl",
     "gqa(2) + lightning_attention_tnl(0.5)",
+    "lln_attention",
+    "lln_attention(16, causal=true)",
     "fastmax",
     "causal + fastmax",
     "causal + fastmax(1)",

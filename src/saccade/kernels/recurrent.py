@@ -270,7 +270,7 @@ class RecurrentKernel(Kernel):
         s = r.shape
         size = m.feature.size(s.head_dim)
         q, k, v, o = r.tensor_bytes()
-        draws = 2 * s.head_dim * size if m.feature.buffer_names else 0
+        draws = m.feature.flops(s.head_dim)
         wide = r.wide // r.item
         phi_q, phi_k = (s.batch * x * size * r.wide for x in (s.heads * s.length, s.kv_heads * s.keys))
         drawn = bool(m.feature.buffer_names)

@@ -21,6 +21,7 @@ from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
+from saccade.nn.linearized import LinearizedAttention, LinearizedTransformer
 from saccade.nn.mega import Mega, MegaState
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mosa import MoSA, MoSAState
@@ -79,6 +80,8 @@ __all__ = [
     "LeastRecent",
     "LexiconAttention",
     "LinearVirtualNode",
+    "LinearizedAttention",
+    "LinearizedTransformer",
     "MVPFormer",
     "MaskedDiffusion",
     "Mega",

@@ -31,6 +31,10 @@ class Feature(Part):
         """The feature size m."""
         return head_dim
 
+    def flops(self, head_dim: int) -> int:
+        """Matrix FLOPs of mapping one head vector."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Identity(Feature):
@@ -161,6 +165,9 @@ class Favor(Feature):
 
     def size(self, head_dim: int) -> int:
         return self.features
+
+    def flops(self, head_dim: int) -> int:
+        return 2 * head_dim * self.features
 
 
 @dataclass(frozen=True)
