@@ -1,12 +1,13 @@
 """Layers made from mechanisms."""
 
-from saccade.nn import convert
+from saccade.nn import convert, distil
 from saccade.nn.attention import Attention
 from saccade.nn.bridge import GeometryBias, PointBridge, key_points
 from saccade.nn.complex import ComplexAttention
 from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.diffusion import MaskedDiffusion
+from saccade.nn.distil import Linearized, linearize
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
 from saccade.nn.gates import CBAM, ChannelGate, SentenceGate, SpatialGate
 from saccade.nn.gaussian import GaussianGate
@@ -61,6 +62,7 @@ __all__ = [
     "LearnedPositions",
     "LexiconAttention",
     "LinearVirtualNode",
+    "Linearized",
     "MVPFormer",
     "MaskedDiffusion",
     "MoSA",
@@ -102,8 +104,10 @@ __all__ = [
     "attention_rollout",
     "choose_head_scale",
     "convert",
+    "distil",
     "head_scales",
     "key_points",
+    "linearize",
     "path_attention",
     "route_flips",
     "skimming_mask",
