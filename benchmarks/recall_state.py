@@ -30,7 +30,7 @@ from book import DOCS, Book, put_section
 from chart import Curve, chart
 from saccade.bench.machine import describe, require
 from saccade.bench.train import NearbyEmbedding, fit, short_then_all
-from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
+from saccade.mechanism import Combine, Mechanism, Mixer, Pairwise
 from saccade.tasks.recall import Recall, accuracy
 from side_by_side import card, each, synchronize
 
@@ -58,14 +58,14 @@ CURVES: dict[str, tuple[Cell, ...]] = {
     "delta rule": by_heads("delta_net"),
     "gated delta rule": by_heads("gated_delta_net"),
     "linear and window(32)": by_heads("mix(causal + linear, window(32))"),
-    "Taylor (Based)": by_heads("causal + taylor + ratio", (8, 4, 2)),
+    "Based": by_heads("based", (8, 4, 2)),
     "Taylor and window(32)": by_heads("mix(causal + taylor + ratio, window(32))", (8, 4, 2)),
     "Fastmax": by_heads("causal + fastmax", (8, 4, 2)),
-    "LLN": by_heads("causal + lln"),
-    "cosine": by_heads("causal + cosine"),
-    "Lightning": by_heads("lightning"),
+    "LLN": by_heads("lln_attention(causal=true)"),
+    "Lightning": by_heads("lightning_attention_tnl"),
+    "Transformer-VQ": tuple((f"transformer_vq({n}, block=32)", 2) for n in (16, 32, 64)),
+    "Combiner": tuple((f"combiner({n})", 2) for n in (16, 32)),
     "Hymba": by_heads("hymba", (8, 4, 2)),
-    "Transformer-VQ": tuple((f"transformer_vq({n})", 2) for n in (16, 32, 64)),
 }
 KEYS = {"cells": ("text", "heads", "seed"), "layers": ("text", "heads")}
 
@@ -78,31 +78,41 @@ def book_at(path: Path, steps: int) -> Book:
 
 
 def cells(console: Console, word: str) -> dict[str, list[Cell]]:
-    """The curves whose name holds a word, without cells that name no causal mechanism here; says which are left out."""
+    """The curves whose name holds a word, without cells that name no mechanism that decodes here; says which are left out."""
     found: dict[str, list[Cell]] = {}
+    said: set[str] = set()
     for name, asked in CURVES.items():
         if word.lower() not in name.lower():
             continue
         for text, heads in asked:
             try:
-                held(sc.causal(sc.mechanism(text)), heads, DIM // heads)
+                held(sc.causal(sc.mechanism(text)), heads)
             except ValueError as error:
-                console.print(f"left out: {text} ({name}): {str(error).splitlines()[0]}", markup=False)
+                if text not in said:
+                    console.print(f"left out: {text} ({name}): {str(error).splitlines()[0]}", markup=False)
+                said.add(text)
                 continue
             found.setdefault(name, []).append((text, heads))
     return found
 
 
-def held(m: Mechanism, heads: int, d: int, length: int = LENGTHS[-1]) -> int:
-    """Bytes that a layer keeps of one sample after `length` tokens, in float32: a state, or the keys that can still be read."""
+@torch.no_grad()
+def held(m: Mechanism, heads: int) -> int:
+    """Bytes that a layer keeps of one text of the greatest length, in float32; of a window's keys those still to be read."""
+    layer = sc.nn.Attention(DIM, heads, m).eval()
+    return counted(m, layer.step(torch.zeros(1, LENGTHS[-1], DIM), layer.init_state(1))[1])
+
+
+def counted(m: Mechanism, state: sc.State) -> int:
+    """Bytes of a state without the room that it keeps beyond its horizon."""
     if isinstance(m, Combine):
-        share = m.share(heads) if isinstance(m, ByHead) else heads
-        return sum(held(c, share, d, length) for c in m.children)
-    if isinstance(m, Recurrent):
-        return sc.init_state(m, 1, m.kv_heads(heads), d, heads=heads).nbytes
-    horizon = m.horizon if isinstance(m, Mixer) else m.pairs.horizon if isinstance(m, Pairwise) else None
-    sides = len(m.keeps) if isinstance(m, Mixer) else 2
-    return sides * 4 * m.kv_heads(heads) * d * min(length, horizon or length)
+        return sum(counted(c, s) for c, s in zip(m.children, state.members, strict=True))
+    horizon = m.horizon if isinstance(m, Mixer) else None
+    if isinstance(m, Pairwise) and m.static:
+        horizon = m.pairs.horizon
+    if horizon is None:
+        return state.nbytes
+    return round(state.nbytes * min(1.0, horizon / (state.length - state.start)))
 
 
 def model(text: str, heads: int, seed: int) -> sc.nn.Transformer:
@@ -149,7 +159,7 @@ def batches(seed: int, device: str, steps: int) -> Iterator[tuple[Tensor, Tensor
 def speed(text: str, heads: int, device: str) -> dict[str, Any]:
     """A layer's state in bytes, its planned FLOPs a token, and tokens a second forward and decoding `PARALLEL` texts."""
     m = sc.causal(sc.mechanism(text))
-    row: dict[str, Any] = {"text": text, "heads": heads, "state_bytes": held(m, heads, DIM // heads)}
+    row: dict[str, Any] = {"text": text, "heads": heads, "state_bytes": held(m, heads)}
     try:
         row["flops_a_token"] = sc.plan(m, (1, heads, TIMED, DIM // heads), device=device).cost.flops / TIMED
         layer = sc.nn.Attention(DIM, heads, m).to(device).eval()
