@@ -3,20 +3,23 @@
     python benchmarks/cpu_native.py [--quick] [--only WORD]
 
 Batch 1, 8 heads, head_dim 64, 8,192 tokens: each mechanism beside scaled_dot_product_attention(is_causal=True) of the same
-inputs, in turn, medians of the ratios. `dense` bars are times faster, the others a share of that time.
+inputs, in turn, medians of the ratios. `dense` bars are times faster, the others a share of that time. The gate's bar is what choosing
+adds to the attention over the blocks chosen.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
 import sys
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import saccade as sc
-from bars import Bar, Measured, beside, qkv, run
+from bars import HEAD_DIM, HEADS, Bar, Measured, beside, qkv, run
 from saccade import native
+from saccade.parts.base import Sizes
 
 CASES: tuple[tuple[str, torch.dtype, bool, str, float], ...] = (
     ("causal", torch.float32, False, "at least", 2.2),
@@ -59,8 +62,29 @@ def decode(kv: int, count: int) -> Measured:
     return {**pair, "kernel": sc.plan("causal", sc.Shape(1, 32, 1, 64, kv, 32768)).kernel}
 
 
+def gate(dtype: torch.dtype, count: int) -> Measured:
+    """What SeerAttention's learned gate adds to its attention over the blocks that it chose, as a share of that."""
+    m = sc.mechanism("seerattention(64, top=8)")
+    declared = m.weights(Sizes(HEADS, HEADS, HEAD_DIM, HEAD_DIM))
+    params = {n: w.make(torch.Generator().manual_seed(0)).to(dtype) for n, w in declared.items()}
+    inputs = [x.to(dtype) for x in qkv()]
+    call = functools.partial(sc.attend, mechanism=m, params=params)
+    with torch.no_grad():
+        chosen = call(*inputs, need=("selection",)).selection
+    found = beside(call, functools.partial(call, selection=chosen), inputs, count)
+    each = [x - 1 for x in found["samples"]]  # type: ignore[attr-defined]
+    p = sc.plan(m, (1, *inputs[0].shape[1:]), dtype=dtype)
+    return {
+        **found,
+        "value": statistics.median(each),
+        "samples": each,
+        "kernel": p.kernel,
+        "isa": native.isa(),
+    }
+
+
 def bars() -> list[Bar]:
-    """Every case, and one-token decode."""
+    """Every case, one-token decode, and a learned gate."""
     found: list[Bar] = []
     for text, dtype, grad, sense, bar in CASES:
         what = f"{str(dtype).removeprefix('torch.')}, {'training' if grad else 'forward'}"
@@ -74,6 +98,10 @@ def bars() -> list[Bar]:
             4,
         )
     )
+    for dtype in (torch.float32, torch.bfloat16):
+        what = str(dtype).removeprefix("torch.")
+        name = f"seerattention(64, top=8) {what}, forward: its gate over its attention to the blocks chosen"
+        found.append((name, functools.partial(gate, dtype), "at most", 0.25))
     return found
 
 

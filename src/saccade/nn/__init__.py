@@ -1,6 +1,6 @@
 """Layers made from mechanisms."""
 
-from saccade.nn import convert
+from saccade.nn import convert, distil
 from saccade.nn.attention import Attention
 from saccade.nn.beam import beam_search
 from saccade.nn.bridge import GeometryBias, PointBridge, key_points
@@ -9,6 +9,7 @@ from saccade.nn.conv import GatedConv, SpanConvAttention
 from saccade.nn.dcal import DCAL, PairBlock, attention_rollout
 from saccade.nn.delayed import DelayedAttention, DelayedState
 from saccade.nn.diffusion import MaskedDiffusion
+from saccade.nn.distil import Linearized, linearize
 from saccade.nn.ema import DampedEMA
 from saccade.nn.eviction import Eviction, Fifo, KeyValueMemory, LeastFrequent, LeastRecent
 from saccade.nn.experts import ExpertState, GraphExperts, SparseExperts, route_flips
@@ -80,6 +81,7 @@ __all__ = [
     "LeastRecent",
     "LexiconAttention",
     "LinearVirtualNode",
+    "Linearized",
     "LinearizedAttention",
     "LinearizedTransformer",
     "MVPFormer",
@@ -131,8 +133,10 @@ __all__ = [
     "choose_head_scale",
     "convert",
     "crossbatch",
+    "distil",
     "head_scales",
     "key_points",
+    "linearize",
     "path_attention",
     "prototypes",
     "route_flips",
