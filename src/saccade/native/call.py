@@ -93,3 +93,48 @@ class Choice(ctypes.Structure):
         ("index", ctypes.c_void_p),
         ("valid", ctypes.c_void_p),
     ]
+
+
+class Linear(ctypes.Structure):
+    """One forward or backward pass over a state."""
+
+    _fields_ = [
+        ("bf16", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("q", Array),
+        ("k", Array),
+        ("v", Array),
+        ("out", Array),
+        ("grad", Array),
+        ("dq", Array),
+        ("dk", Array),
+        ("dv", Array),
+        ("log", Array),
+        ("dlog", Array),
+        ("gain", Array),
+        ("dgain", Array),
+        ("s", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+        ("s_after", ctypes.c_void_p),
+        ("z_after", ctypes.c_void_p),
+        ("ds_after", ctypes.c_void_p),
+        ("dz_after", ctypes.c_void_p),
+        ("ds", ctypes.c_void_p),
+        ("dz", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("dtotal", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("least", ctypes.c_float),
+        ("elu", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("overwrites", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("pool", ctypes.c_void_p),
+        ("computed", ctypes.c_int64),
+    ]
