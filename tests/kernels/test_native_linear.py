@@ -12,6 +12,7 @@ import saccade as sc
 from kernels.harness import Call, answer, draw, gradients, same, truth, within_budget
 from saccade import native
 from saccade.kernels import native_linear as kernel
+from saccade.kernels import native_step
 from saccade.kernels.recurrent import Carry, chunked
 from saccade.mechanism.values import Recurrent
 from saccade.parts.base import Sizes
@@ -223,6 +224,61 @@ def test_pieces_of_any_length_and_single_tokens_equal_the_whole_call(text: str, 
         assert whole.state is not None
         for name, x in whole.state.tensors.items():
             same(f"state {name}", state.tensors[name], x, tolerance=SINGLE)
+
+
+SYSTEMS = ["retention", "gla", "mamba2", "delta_net", "gated_delta_net", "unit + causal + linear"]
+
+
+@pytest.mark.parametrize(("dim", "value"), [(8, 16), (5, 3), (64, 64)])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("text", TEXTS + SYSTEMS)
+def test_one_token_does_all_that_its_parts_say(text: str, kv: int, dim: int, value: int) -> None:
+    """The bound step against the PyTorch step in float64, over a few tokens; streams of all sizes of numbers."""
+    call = given(text, rows=6, kv=kv, dim=dim, value=value, scale=3.0)
+    state = sc.init_state(text, 2, kv, dim, value, heads=4)
+    wide = sc.init_state(text, 2, kv, dim, value, heads=4, dtype=torch.float64)
+    for t in range(6):
+        one = call.changed(lambda x, t=t: x[:, :, t : t + 1].contiguous() if x.dim() > 2 else x)
+        one = replace(one, params=call.params)
+        m = sc.mechanism(text)
+        assert isinstance(m, Recurrent)
+        c = Context(one.q, one.k, one.v, params=one.params, streams=one.streams)
+        found = native_step.step(m, c, state)
+        assert found is not None
+        out, state = found
+        named = one.changed(Tensor.double)
+        want = sc.attend(
+            named.q,
+            named.k,
+            named.v,
+            text,
+            params=named.params,
+            streams=named.streams,
+            state=wide,
+            need=("out", "state"),
+        )
+        assert want.state is not None
+        wide = want.state
+        same("out", out, want.out, tolerance=SINGLE)
+        same("state", state.tensors["s"], wide.tensors["s"], tolerance=SINGLE)
+        if ratio(text):
+            same("sums", state.tensors["z"], wide.tensors["z"], tolerance=SINGLE)
+        assert state.length == wide.length == t + 1
+
+
+def test_a_token_with_a_gradient_or_other_strides_goes_the_general_way() -> None:
+    m = sc.mechanism("causal + linear")
+    assert isinstance(m, Recurrent)
+    x, state = torch.randn(2, 2, 1, 16), sc.init_state(m, 2, 2, 16)
+    assert native_step.step(m, Context(x, x, x), state) is not None
+    leaf = x.clone().requires_grad_()
+    assert native_step.step(m, Context(leaf, x, x), state) is None
+    strided = torch.randn(2, 2, 1, 32)[..., ::2]
+    assert native_step.step(m, Context(strided, x, x), state) is None
+    found = sc.attend(leaf, x, x, m, state=state)
+    (slope,) = torch.autograd.grad(found.sum(), leaf)
+    assert torch.isfinite(slope).all()
+    same("out", found, sc.attend(x, x, x, m, state=state), tolerance=1e-6)
 
 
 def test_a_state_is_never_changed_in_place() -> None:

@@ -180,9 +180,9 @@ void choose_all(const saccade_call &call, const saccade_choice &choice, const Ke
 // States side by side; where they are fewer than the threads, the heads that read one are shared out in a forward pass.
 int64_t linear_all(const saccade_linear &call, const Kernels &run, bool backward) {
     const int64_t owners = call.batch * call.kv_heads, group = call.heads / call.kv_heads;
-    const bool small = call.rows == 1 && owners * call.dim * call.value_dim < SMALL;
+    const bool one = call.rows == 1 && !call.lengths, small = one && owners * call.dim * call.value_dim < SMALL;
     const int64_t threads = small ? 1 : std::max(1, call.threads);
-    const int64_t shares = backward || call.rows == 1 ? 1 : std::max<int64_t>(1, std::min(group, threads / std::max<int64_t>(1, owners)));
+    const int64_t shares = backward || one ? 1 : std::max<int64_t>(1, std::min(group, threads / std::max<int64_t>(1, owners)));
     const int64_t scratch = run.linear_scratch(&call, backward), count = owners * shares;
     const Floats space = floats(scratch * std::min(threads, count));
     std::atomic<int64_t> computed{0};

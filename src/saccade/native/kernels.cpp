@@ -3,6 +3,7 @@
 #include "backward.h"
 #include "choose.h"
 #include "linear_back.h"
+#include "linear_step.h"
 
 namespace {
 
@@ -87,9 +88,12 @@ void choose_best(const saccade_call *call, const saccade_choice *choice, const I
 template <class F>
 INLINE int64_t by_type(const saccade_linear &call, bool backward, float *space, F f) {
     Cutter cut{space};
-    const bool one = call.rows == 1;
-    if (!backward && call.bf16) return f(Linear<Half>(call, cut, one), cut);
-    if (!backward) return f(Linear<Single>(call, cut, one), cut);
+    if (!backward && call.rows == 1 && !call.lengths) {
+        if (call.bf16) return f(LinearStep<Half>(call, cut), cut);
+        return f(LinearStep<Single>(call, cut), cut);
+    }
+    if (!backward && call.bf16) return f(Linear<Half>(call, cut, false), cut);
+    if (!backward) return f(Linear<Single>(call, cut, false), cut);
     if (call.bf16) return f(LinearBack<Half>(call, cut), cut);
     return f(LinearBack<Single>(call, cut), cut);
 }

@@ -72,10 +72,13 @@ struct Linear {
         for (int r = 0; r < n; ++r) {
             float *line = into + r * step;
             row_to_float(at<T>(x, batch, head, first + r), line, width);
-            if (!feature || !call.elu) continue;
-            for (int64_t d = 0; d < width; d += VL) store(line + d, elu1(load(line + d)));
-            for (int64_t d = width; d < padded(width); ++d) line[d] = 0;
+            if (feature && call.elu) map(line, width);
         }
+    }
+
+    void map(float *line, int64_t width) const {
+        for (int64_t d = 0; d < width; d += VL) store(line + d, elu1(load(line + d)));
+        for (int64_t d = width; d < padded(width); ++d) line[d] = 0;
     }
 
     void transpose_rows(const float *from, int64_t step, int64_t width, float *into) const {
@@ -249,46 +252,8 @@ struct Linear {
         multiply<true, 1>((int)wide, value_wide, n, fk_turned, LANES, s, value_wide, every(u, value_wide, n));
     }
 
-    // One token, from the state where it lies to the one after; rows that no vector fills go by way of a copy.
-    void step() {
-        const int64_t line = batch * call.kv_heads + owner, group = call.heads / call.kv_heads;
-        const bool direct = value_dim == value_wide && call.s && call.s_after;
-        begin(!direct);
-        n = 1;
-        first = 0;
-        fetch(call.k, owner, dim, true, fk, wide);
-        fetch(call.v, owner, value_dim, false, u, value_wide);
-        const float strong = call.gain.data ? *at<float>(call.gain, batch, owner, 0) : 1;
-        const float *log = call.log.data ? at<float>(call.log, batch, owner, 0) : nullptr;
-        for (int64_t d = 0; d < wide; ++d) shift[d] = log && d < dim ? log[call.channels ? d : 0] : 0;
-        for (int64_t d = 0; d < wide; d += VL) store(shift + d, survives(load(shift + d)));
-        const float *old = direct ? call.s + line * dim * value_dim : s;
-        float *now = direct ? call.s_after + line * dim * value_dim : s;
-        if (call.overwrites) {
-            for (int64_t d = 0; d < dim; ++d) reader[d] = fk[d] * shift[d];
-            multiply<false, 1>(1, value_wide, (int)dim, reader, stride, out, value_wide, every(old, value_wide, dim));
-            for (int64_t e = 0; e < value_wide; e += VL) store(u + e, (load(u + e) - load(out + e)) * strong);
-        } else {
-            scale_row(fk, wide, strong);
-        }
-        for (int64_t d = 0; d < dim; ++d)
-            for (int64_t e = d * value_wide, i = 0; i < value_wide; e += VL, i += VL) store(now + e, load(old + e) * shift[d] + load(u + i) * fk[d]);
-        work += dim * value_wide;
-        for (int64_t d = 0; call.total && d < wide; d += VL) store(z + d, load(z + d) * load(shift + d) + load(fk + d));
-        for (int64_t head = owner * group; head < (owner + 1) * group; ++head) {
-            fetch(call.q, head, dim, true, reader, stride);
-            multiply<false, 1>(1, value_wide, (int)dim, reader, stride, out, value_wide, every(now, value_wide, dim));
-            finish(head, 0, out, divisor(head, 0, reader, 0));
-        }
-        end(!direct);
-    }
-
     // Query heads [from, to) of one state; those of the first share also leave the state after the last token.
     int64_t run(int64_t from, int64_t last) {
-        if (call.rows == 1 && rows() == 1) {
-            step();
-            return work;
-        }
         begin();
         const int64_t group = call.heads / call.kv_heads;
         for (int64_t start = 0; start < rows(); start += LANES) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import NotSupported
-from saccade.kernels import native_linear
+from saccade.kernels import native_linear, native_step
 from saccade.kernels.recurrent import Carry, chunked, step
 from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
@@ -277,6 +277,10 @@ def _advance_mixer(
 def _advance_recurrent(
     m: Recurrent, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
+    if c.q.shape[2] == 1 and not lse and kernel != "recurrent" and c.q.device.type == "cpu":
+        quick = native_step.step(m, c, state)
+        if quick is not None:
+            return quick[0], None, quick[1]
     c = _mapped(m, c, state)
     carry = Carry(state.tensors["s"], state.tensors["z"], state.tensors["m"])
     why = native_linear.refusals(m, c.q.device.type, c.q.dtype, c.q.shape[-1], c.v.shape[-1])
