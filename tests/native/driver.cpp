@@ -1,62 +1,8 @@
 // Drives the engine for sanitizers: tails of every size, strides, few and many threads, both passes, chosen blocks; checks
 // each output against a double loop. Prints how many calls it made; any difference or report of a sanitizer is a failure.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
-
-#include "engine.h"
+#include "linear.h"
 
 namespace {
-
-std::mt19937 generator(0);
-
-std::vector<float> normal(size_t n) {
-    std::normal_distribution<float> draw;
-    std::vector<float> x(n);
-    for (float &v : x) v = draw(generator);
-    return x;
-}
-
-uint16_t narrowed(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float widened(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float found;
-    __builtin_memcpy(&found, &bits, 4);
-    return found;
-}
-
-// Numbers (batch, head, row, dim) with nothing to spare behind the last one.
-struct Numbers {
-    int64_t heads, rows, dim;
-    std::vector<float> single;
-    std::vector<uint16_t> half;
-    Numbers(int64_t b, int64_t h, int64_t n, int64_t d, bool bf16) : heads(h), rows(n), dim(d), single(normal(b * h * n * d)) {
-        if (!bf16) return;
-        for (float &x : single) {
-            half.push_back(narrowed(x));
-            x = widened(half.back());
-        }
-    }
-    saccade_array array() { return {half.empty() ? static_cast<void *>(single.data()) : half.data(), heads * rows * dim, rows * dim, dim}; }
-    float at(int64_t b, int64_t h, int64_t n, int64_t d) const {
-        const size_t i = ((b * heads + h) * rows + n) * dim + d;
-        return half.empty() ? single[i] : widened(half[i]);
-    }
-};
-
-int failures = 0;
-
-void expect(const char *what, double got, double want, double scale) {
-    if (std::fabs(got - want) <= scale * (1 + std::fabs(want))) return;
-    if (failures++ < 10) std::printf("%s: got %g, want %g\n", what, got, want);
-}
 
 void run(bool bf16, int isa, int threads, int64_t b, int64_t h, int64_t g, int64_t rows, int64_t keys, int64_t d, int64_t e, int window,
          int choices) {
@@ -161,6 +107,14 @@ int main() {
                         const int64_t keys = rows == 3 ? 500 : rows + (rows == 70 ? 31 : 0);
                         const int threads = 1 + calls % 4, window = calls % 3 ? 9 : 0;
                         run(bf16, isa, threads, 1 + calls % 2, 4, calls % 2 ? 1 : 2, rows, keys, size[0], size[1], choices ? 9 : window, choices);
+                        ++calls;
+                    }
+    for (int isa = 0; isa <= saccade_isa(); ++isa)
+        for (bool bf16 : {false, true})
+            for (int64_t rows : {1, 2, 17, 64, 70, 130})
+                for (const auto &size : sizes)
+                    for (int kind = 0; kind < 6; ++kind) {
+                        run_linear(bf16, isa, 1 + calls % 4, calls % 2 ? 1 : 2, rows, size[0], size[1], kind);
                         ++calls;
                     }
     std::printf("%d calls, %d differences\n", calls, failures);

@@ -31,12 +31,13 @@ CHOSEN = [
     ("moba", {"masked": True}, "slab", "slab"),
     ("additive", {"grad": True}, "slab", "slab"),
     ("luong_attention(local=predictive)", {}, "slab", "slab"),
-    ("causal + linear", {}, "recurrent", "recurrent"),
+    ("causal + linear", {}, "native_linear", "recurrent"),
+    ("gated_delta_net", {"grad": True}, "native_linear", "recurrent"),
     ("performer_favor", {"grad": True}, "recurrent", "recurrent"),
     ("causal + centroid_buckets", {}, "bucket", "bucket"),
     ("aaren", {}, "scan", "scan"),
     ("nystromformer", {}, "mixer", "mixer"),
-    ("mix(causal, causal + linear)", {}, "mix(native, recurrent)", "mix(sdpa (flash), recurrent)"),
+    ("mix(causal, causal + linear)", {}, "mix(native, native_linear)", "mix(sdpa (flash), recurrent)"),
     ("routing_transformer", {}, "by_head(native, bucket)", "by_head(chunk, bucket)"),
 ]
 
@@ -110,7 +111,7 @@ def test_a_printed_plan_names_everything() -> None:
         assert re.search(rf"^  {name} +.*{why}", shown, re.M), name
 
 
-def test_a_printed_plan_says_what_is_particular() -> None:
+def test_a_printed_plan_says_what_is_particular(engine: bool) -> None:
     assert "lse            no" in str(sc.plan("full", SHAPE, kernel="sdpa"))
     assert "causal         no, and it has no causal form (relative: performer_favor or moba)" in str(
         sc.plan("linformer(length=1024)", SHAPE)
@@ -119,7 +120,7 @@ def test_a_printed_plan_says_what_is_particular() -> None:
     assert "the choice of pairs reads the future in training" in str(sc.plan("routing_transformer", SHAPE))
     both = str(sc.plan("by_head(window(64), causal + linear)", SHAPE))
     assert "  mechanism      window(64)" in both
-    assert "  kernel         recurrent" in both
+    assert f"  kernel         {'native_linear' if engine else 'recurrent'}" in both
     assert "q (1, 4, 1024, 64)" in both
 
 

@@ -52,6 +52,8 @@ COUNTED: list[tuple[str, str, int, dict[str, Any]]] = [
     ("causal + linear", "recurrent", 1024, {}),
     ("causal + linear", "recurrent", 1000, {"kv": 2, "value": 48}),
     ("causal + identity", "recurrent", 1000, {}),
+    ("causal + linear", "native_linear", 1000, {"kv": 2, "value": 48}),
+    ("causal + fixed_decay + elu1 + ratio", "native_linear", 1000, {}),
     ("causal + fixed_decay + elu1 + ratio", "recurrent", 1000, {}),
     ("causal + performer_favor(64)", "recurrent", 1000, {}),
     ("linear", "recurrent", 1000, {"kv": 2}),
@@ -88,7 +90,7 @@ def planned_and_counted(text: str, kernel: str, grad: bool, call: Call) -> tuple
 def test_planned_is_counted_within_one_percent(
     text: str, kernel: str, rows: int, options: dict[str, Any], grad: bool
 ) -> None:
-    if kernel == "native" and not native.available():
+    if kernel.startswith("native") and not native.available():
         pytest.skip(f"the native engine {native.reason()}")
     call = draw(text, batch=1, rows=rows, dim=DIM, dtype=torch.float32, **options)
     planned, counted = planned_and_counted(text, kernel, grad, call)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from saccade.native.call import Array, Call, Choice, Part
+from saccade.native.call import Array, Call, Choice, Linear, Part
 
 ISA = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
 NAMES = ("libsaccade.so", "libsaccade.dylib", "saccade.dll")
@@ -41,6 +41,8 @@ def engine() -> Engine:
         return Engine(None, f"does not load: {error}")
     for entry in (library.saccade_forward, library.saccade_backward):
         entry.argtypes, entry.restype = [ctypes.POINTER(Call)], ctypes.c_int
+    for entry in (library.saccade_linear_forward, library.saccade_linear_backward):
+        entry.argtypes, entry.restype = [ctypes.POINTER(Linear)], ctypes.c_int
     library.saccade_choose.argtypes = [ctypes.POINTER(Call), ctypes.POINTER(Choice)]
     library.saccade_choose.restype = ctypes.c_int
     return Engine(library)
@@ -94,7 +96,7 @@ def counting() -> Iterator[Counter]:
         _COUNTERS.remove(counter)
 
 
-def _ready(call: Call) -> ctypes.CDLL:
+def _ready(call: Call | Linear) -> ctypes.CDLL:
     library = engine().library
     if library is None:
         raise RuntimeError(f"the native engine {reason()}")
@@ -124,11 +126,33 @@ def choose(call: Call, choice: Choice) -> None:
         counter.flops += 2 * rows * choice.blocks * call.dim
 
 
+def run_linear(call: Linear, backward: bool) -> None:
+    """Fill in what the call's outputs point to."""
+    library = _ready(call)
+    run = library.saccade_linear_backward if backward else library.saccade_linear_forward
+    _checked(run(ctypes.byref(call)))
+    _count(call)
+
+
+def run_bound(call: Linear) -> None:
+    """A forward pass of a call that knows its threads already."""
+    library = engine().library
+    assert library is not None
+    _checked(library.saccade_linear_forward(ctypes.byref(call)))
+    _count(call)
+
+
+def _count(call: Linear) -> None:
+    for counter in _COUNTERS:
+        counter.flops += 2 * call.computed
+
+
 __all__ = [
     "Array",
     "Call",
     "Choice",
     "Counter",
+    "Linear",
     "Part",
     "available",
     "choose",
@@ -136,4 +160,6 @@ __all__ = [
     "isa",
     "reason",
     "run",
+    "run_bound",
+    "run_linear",
 ]

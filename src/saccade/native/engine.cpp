@@ -67,8 +67,8 @@ void take(void *p) {
 }
 
 // f(item, thread) for all items, on PyTorch's own pool where its OpenMP was found.
-template <class F>
-void parallel(const saccade_call &call, int64_t count, F f) {
+template <class Call, class F>
+void parallel(const Call &call, int64_t count, F f) {
     Team team;
     team.count = count;
     team.what = &f;
@@ -177,6 +177,36 @@ void choose_all(const saccade_call &call, const saccade_choice &choice, const Ke
     });
 }
 
+// States side by side; where they are fewer than the threads, the heads that read one are shared out in a forward pass.
+int64_t linear_all(const saccade_linear &call, const Kernels &run, bool backward) {
+    const int64_t owners = call.batch * call.kv_heads, group = call.heads / call.kv_heads;
+    const bool one = call.rows == 1 && !call.lengths, small = one && owners * call.dim * call.value_dim < SMALL;
+    const int64_t threads = small ? 1 : std::max(1, call.threads);
+    const int64_t shares = backward || one ? 1 : std::max<int64_t>(1, std::min(group, threads / std::max<int64_t>(1, owners)));
+    const int64_t scratch = run.linear_scratch(&call, backward), count = owners * shares;
+    const Floats space = floats(scratch * std::min(threads, count));
+    std::atomic<int64_t> computed{0};
+    const auto work = [&](int64_t i, int me) {
+        const int64_t owner = i / shares, share = i % shares;
+        computed += run.linear(&call, owner / call.kv_heads, owner % call.kv_heads, group * share / shares, group * (share + 1) / shares,
+                               backward, space.get() + me * scratch);
+    };
+    if (threads == 1)
+        for (int64_t i = 0; i < count; ++i) work(i, 0);
+    else
+        parallel(call, count, work);
+    return computed;
+}
+
+int linear_pass(saccade_linear *call, bool backward) {
+    try {
+        call->computed = linear_all(*call, kernels(call->isa), backward);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
 // Key-value heads side by side; where they are fewer than the threads, their tiles or heads are shared out among sums of their own.
 int64_t backward_all(const saccade_call &call, const Kernels &run) {
     const int64_t threads = std::max(1, call.threads), owners = call.batch * call.kv_heads, group = call.heads / call.kv_heads;
@@ -255,5 +285,9 @@ extern "C" int saccade_choose(saccade_call *call, const saccade_choice *choice) 
         return 1;
     }
 }
+
+extern "C" int saccade_linear_forward(saccade_linear *call) { return saccade::linear_pass(call, false); }
+
+extern "C" int saccade_linear_backward(saccade_linear *call) { return saccade::linear_pass(call, true); }
 
 extern "C" int saccade_isa(void) { return saccade::best(); }

@@ -1,4 +1,4 @@
-// The C interface of the engine, and what its parts share. Python mirrors the three structs (saccade/native/call.py).
+// The C interface of the engine, and what its parts share. Python mirrors the structs (saccade/native/call.py).
 #pragma once
 
 #include <stddef.h>
@@ -57,10 +57,41 @@ struct saccade_choice {
     uint8_t *valid;
 };
 
+// A causal pass over a state: S_t = exp(log_t) S_{t-1} + write_t, out_t = phi(q_t) S_t, divided by its sum of weights where
+// `total` asks. A token writes gain phi(k) v, or with `overwrites` gain phi(k) (v - what the state answers to phi(k)).
+// All but q, k, v, out, grad and the gradients of q, k and v is float32; what is null is not there.
+struct saccade_linear {
+    int64_t bf16, batch, heads, kv_heads, rows, dim, value_dim;
+    struct saccade_array q, k, v, out, grad, dq, dk, dv;
+    struct saccade_array log, dlog;    // (batch, kv_heads, rows, 1, or dim where `channels`), at most 0; any stride may be 0
+    struct saccade_array gain, dgain;  // (batch, kv_heads, rows, 1)
+    const float *s, *z;                // the state before, (batch, kv_heads, dim, value_dim), and the sum of features, (.., dim)
+    float *s_after, *z_after;
+    const float *ds_after, *dz_after;
+    float *ds, *dz;
+    float *total;          // (batch, heads, rows): sums of weights
+    const float *dtotal;
+    const int64_t *lengths;  // (batch): later rows are padding, never read, and answered with zeros
+    float least;           // a smaller sum of weights divides as this one
+    int32_t elu, channels, overwrites, isa, threads;
+    // A token alone may come as it is, and go out finished: what its decay and its gain are made of, carried by one head, by
+    // the state heads or by the query heads, which share their mean; lengths of q and k made 1; the output over its root mean
+    // square times `norm` (heads, value_dim).
+    int32_t decay_rule;     // log holds 0 the logarithm, 1 x of logsigmoid(x) / temperature, 2 x of -softplus(x) exp(rate)
+    int32_t gain_rule;      // gain holds 0 the gain, 1 x of softplus(x), 2 x of most / (1 + exp(-x))
+    int32_t log_heads, gain_heads;
+    float temperature, most, unit_eps, norm_eps;  // an eps of 0: not asked for
+    const float *rate, *norm;                     // rate: (kv_heads)
+    void *pool;        // as in saccade_call
+    int64_t computed;  // answered: multiply-adds of matrix products, padding included
+};
+
 #define SACCADE_PUBLIC __attribute__((visibility("default")))
 SACCADE_PUBLIC int saccade_forward(struct saccade_call *call);
 SACCADE_PUBLIC int saccade_backward(struct saccade_call *call);
 SACCADE_PUBLIC int saccade_choose(struct saccade_call *call, const struct saccade_choice *choice);
+SACCADE_PUBLIC int saccade_linear_forward(struct saccade_linear *call);
+SACCADE_PUBLIC int saccade_linear_backward(struct saccade_linear *call);
 SACCADE_PUBLIC int saccade_isa(void);  // the best of this machine: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
 }
 
@@ -69,6 +100,7 @@ namespace saccade {
 constexpr int LANES = 64;  // rows of a tile
 constexpr int KEYS = 96;   // keys that are met at a time
 constexpr int64_t RANGE = 2048;  // rows of a head whose state is kept at a time
+constexpr int64_t SMALL = 1 << 18;  // numbers of states that one thread takes a token further sooner than many begin
 
 // A piece of work of a (batch, head): rows, tiles or heads first, first + step, ... below last, and the key slots
 // [key_lo, key_hi) that it may read.
@@ -90,6 +122,8 @@ struct Kernels {
     void (*store)(const saccade_call *, const saccade_array *, const float *const *shares, int64_t count, int64_t batch, int64_t head,
                   int64_t dim, float scale);
     void (*choose)(const saccade_call *, const saccade_choice *, const Item *, float *scratch);
+    int64_t (*linear_scratch)(const saccade_linear *, bool backward);
+    int64_t (*linear)(const saccade_linear *, int64_t batch, int64_t state, int64_t first, int64_t last, bool backward, float *scratch);
 };
 
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }

@@ -2,6 +2,8 @@
 // compiled for a newer machine could be the one that the linker keeps for all.
 #include "backward.h"
 #include "choose.h"
+#include "linear_back.h"
+#include "linear_step.h"
 
 namespace {
 
@@ -82,9 +84,36 @@ void choose_best(const saccade_call *call, const saccade_choice *choice, const I
         choose_rows<Single>(*call, *choice, *item, space);
 }
 
+// A recurrent call's forward or backward pass by the type of its inputs.
+template <class F>
+INLINE int64_t by_type(const saccade_linear &call, bool backward, float *space, F f) {
+    Cutter cut{space};
+    if (!backward && call.rows == 1 && !call.lengths) {
+        if (call.bf16) return f(LinearStep<Half>(call, cut), cut);
+        return f(LinearStep<Single>(call, cut), cut);
+    }
+    if (!backward && call.bf16) return f(Linear<Half>(call, cut, false), cut);
+    if (!backward) return f(Linear<Single>(call, cut, false), cut);
+    if (call.bf16) return f(LinearBack<Half>(call, cut), cut);
+    return f(LinearBack<Single>(call, cut), cut);
+}
+
+int64_t linear_scratch(const saccade_linear *call, bool backward) {
+    return by_type(*call, backward, nullptr, [](auto, Cutter &cut) { return cut.used; });
+}
+
+int64_t linear(const saccade_linear *call, int64_t batch, int64_t state, int64_t first, int64_t last, bool backward, float *space) {
+    return by_type(*call, backward, space, [&](auto pass, Cutter &) {
+        pass.batch = batch;
+        pass.owner = state;
+        return pass.run(first, last);
+    });
+}
+
 }  // namespace
 
 namespace saccade {
 extern const Kernels SACCADE_ISA;
-const Kernels SACCADE_ISA = {forward_scratch, forward, merge, backward_scratch, backward, delta, store_all, choose_best};
+const Kernels SACCADE_ISA = {forward_scratch, forward, merge, backward_scratch, backward, delta, store_all, choose_best,
+                             linear_scratch, linear};
 }  // namespace saccade

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from saccade.errors import NotSupported
+from saccade.kernels import native_linear, native_step
 from saccade.kernels.recurrent import Carry, chunked, step
 from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
 from saccade.parts.base import Sizes
+from saccade.parts.memory import RowRatio
 from saccade.parts.pair import Context, Program, map_tokens, tail_name
 from saccade.parts.state import State
 from saccade.parts.tokens import On, TokenMap
@@ -99,6 +101,8 @@ def _looking_back(m: Mechanism) -> list[tuple[TokenMap, On]]:
 
 def _mapped(m: Pairwise | Recurrent, c: Context, state: State) -> Context:
     """New tokens after the token maps, which look back into the state."""
+    if not m.tokens:
+        return replace(c, offset=state.length, start=state.length)
     tails = {n: state.tensors[n] for n in (tail_name(part, on) for part, on in _looking_back(m))}
     c = map_tokens(m.tokens, replace(c, offset=state.length, start=state.length, tails=tails), c.k.shape[2])
     return replace(c, tails={n: x.clone() for n, x in c.tails.items()})
@@ -147,22 +151,27 @@ def advance(
         return advance_codes(m, _mapped(m, c, state), state, lse, kernel)
     if isinstance(m, Pairwise) and not m.learned_query:
         return _advance_cache(m, c, state, lse, kernel)
-    own = "recurrent" if isinstance(m, Recurrent) else "scan"
-    if kernel not in (None, own):
-        raise NotSupported(f"with a state, {m} is run by {own}, but the call demands {kernel}; leave it out")
+    own = ("recurrent", "native_linear") if isinstance(m, Recurrent) else ("scan",)
+    if kernel is not None and kernel not in own:
+        raise NotSupported(
+            f"with a state, {m} is run by {' or '.join(own)}, but the call demands {kernel}; leave it out"
+        )
     if c.mask is not None:
         raise NotSupported(
             f"the state of {m} cannot follow a mask of single pairs; use key_lengths for padding"
         )
     if not c.k.shape[2]:
         return *zeros(m, c, lse), state
-    return _advance_recurrent(m, c, state, lse) if isinstance(m, Recurrent) else _advance_scan(m, c, state)
+    if isinstance(m, Recurrent):
+        return _advance_recurrent(m, c, state, lse, kernel)
+    return _advance_scan(m, c, state)
 
 
 def _check_state(m: Mechanism, c: Context, state: State) -> None:
     """Raise ValueError unless `state` is one of this mechanism, for the batch, heads, sizes and dtype of the call."""
-    wanted, given = _wanted_state(m, c.q.shape[0], c.sizes, c.q.dtype), _state_text(state)
-    if wanted != given:
+    form, wanted = _wanted_state(m, c.q.shape[0], c.sizes, c.q.dtype)
+    if form != _state_form(state):
+        given = _state_text(state)
         raise ValueError(
             f"the state does not belong to this call of {m}: it should hold {wanted}, and holds {given}; "
             "start from init_state(...) or from a call with need=('out', 'state')"
@@ -170,9 +179,16 @@ def _check_state(m: Mechanism, c: Context, state: State) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _wanted_state(m: Mechanism, batch: int, s: Sizes, dtype: torch.dtype) -> str:
+def _wanted_state(m: Mechanism, batch: int, s: Sizes, dtype: torch.dtype) -> tuple[Any, str]:
     options: dict[str, Any] = {"heads": s.heads, "dtype": dtype, "device": "meta"}
-    return _state_text(init_state(m, batch, s.kv_heads, s.head_dim, s.value_dim, **options))
+    state = init_state(m, batch, s.kv_heads, s.head_dim, s.value_dim, **options)
+    return _state_form(state), _state_text(state)
+
+
+def _state_form(state: State) -> Any:
+    """Names, dtypes and sizes of what a state holds, its length apart."""
+    own = [(n, x.dtype, x.shape[:2], x.shape[3:]) for n, x in sorted(state.tensors.items())]
+    return own, [_state_form(s) for s in state.members]
 
 
 def _state_text(state: State) -> str:
@@ -270,11 +286,20 @@ def _advance_mixer(
 
 
 def _advance_recurrent(
-    m: Recurrent, c: Context, state: State, lse: bool
+    m: Recurrent, c: Context, state: State, lse: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor | None, State]:
+    if c.q.shape[2] == 1 and not lse and kernel != "recurrent" and c.q.device.type == "cpu":
+        quick = native_step.step(m, c, state)
+        if quick is not None:
+            return quick[0], None, quick[1]
     c = _mapped(m, c, state)
     carry = Carry(state.tensors["s"], state.tensors["z"], state.tensors["m"])
-    if c.q.shape[2] == 1 and not lse:
+    why = native_linear.refusals(m, c.q.device.type, c.q.dtype, c.q.shape[-1], c.v.shape[-1])
+    if why and kernel == "native_linear":
+        raise NotSupported(f"native_linear does not run {m} here: {'; '.join(why)}")
+    if not why and kernel != "recurrent":
+        out, found, after = native_linear.advance(m, c, carry, lse and isinstance(m.ratio, RowRatio))
+    elif c.q.shape[2] == 1 and not lse:
         out, after = step(m, c, carry)
         found = None
     else:

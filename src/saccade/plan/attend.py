@@ -145,6 +145,8 @@ def attend(
         raise NotSupported(
             "weights, mass, selection and losses are answered for a whole call, not for a step on a state"
         )
+    if words <= {"out", "lse", "state"}:
+        return Attended(out, lse if "lse" in words else None, state=after if "state" in words else None)
     bound = place(m, c)
     return Attended(
         out,

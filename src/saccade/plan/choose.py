@@ -27,6 +27,7 @@ from saccade.kernels.hash import HashKernel
 from saccade.kernels.mean import MeanKernel
 from saccade.kernels.mixer import MixerKernel
 from saccade.kernels.native import NativeKernel
+from saccade.kernels.native_linear import NativeLinearKernel
 from saccade.kernels.recurrent import RecurrentKernel
 from saccade.kernels.scan import ScanKernel
 from saccade.kernels.sdpa import SdpaKernel, backend
@@ -102,6 +103,7 @@ KERNELS: tuple[Kernel, ...] = (
     HashKernel(),
     GridKernel(),
     ScanKernel(),
+    NativeLinearKernel(),
     RecurrentKernel(),
     MixerKernel(),
     MeanKernel(),
