@@ -74,6 +74,7 @@ PLAIN = [
     "causal + performer_favor(12) + gate_decay(2)",
     "identity + step_write",
     "taylor + ratio",
+    "causal + relu_feature(2) + ratio + gate_decay(2)",
     "causal + elu1 + signed_ratio + channel_decay(2)",
     "gqa(2) + uniform + window(1) + value_conv(3) + out_gate",
     "mix(window(8), causal + linear)",

@@ -9,7 +9,15 @@ import torch
 
 import saccade as sc
 from saccade.parts.base import Sizes
-from saccade.parts.feature import Elu1, Favor, Identity, LengthScaled, SoftmaxFeature, orthogonal_gaussian
+from saccade.parts.feature import (
+    Elu1,
+    Favor,
+    Identity,
+    LengthScaled,
+    ReluFeature,
+    SoftmaxFeature,
+    orthogonal_gaussian,
+)
 
 
 def test_identity_and_elu() -> None:
@@ -19,6 +27,26 @@ def test_identity_and_elu() -> None:
     assert scale is None
     for got, value in zip(phi.flatten().tolist(), x.flatten().tolist(), strict=True):
         assert got == pytest.approx(value + 1 if value > 0 else math.exp(value), abs=1e-12)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_relu_features_and_rows_that_meet_no_key(power: float) -> None:
+    q, k, v = torch.randn(3, 1, 1, 6, 3, dtype=torch.float64)
+    q[0, 0, 2] = -q[0, 0, 2].abs()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    found = sc.attend(*leaves, f"causal + relu_feature({power}) + ratio")
+    for i in range(6):
+        w = [
+            sum((max(a, 0.0) * max(b, 0.0)) ** power for a, b in zip(q[0, 0, i].tolist(), key, strict=True))
+            for key in k[0, 0, : i + 1].tolist()
+        ]
+        for c in range(3):
+            read = sum(x * v[0, 0, j, c].item() for j, x in enumerate(w))
+            assert found[0, 0, i, c].item() == pytest.approx(read / sum(w) if sum(w) else 0.0, abs=1e-12)
+    assert not found[0, 0, 2].any()
+    assert all(bool(torch.isfinite(x).all()) for x in torch.autograd.grad(found.sum(), leaves))
+    with pytest.raises(sc.MechanismError, match=r"power must be a number of at least 1, got 0\.5"):
+        ReluFeature(0.5)
 
 
 @pytest.mark.parametrize("heads", [2, 4])

@@ -63,6 +63,21 @@ class Elu1(Feature):
 
 
 @dataclass(frozen=True)
+class ReluFeature(Feature):
+    """phi(x) = max(x, 0)^power; a query that meets no key answers zeros (Kasai et al., Finetuning Pretrained Transformers into RNNs, 2021)."""
+
+    power: float = arg(1.0, at_least=1.0)
+
+    name = "relu_feature"
+    gives = frozenset({"channelwise", "denominator", "positive"})
+
+    def map(
+        self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        return torch.relu(x) ** self.power, None
+
+
+@dataclass(frozen=True)
 class Taylor(Feature):
     """phi(q).phi(k) = 1 + s, and + s^2 / 2 in second order, with s = q.k scale; scale is 1/sqrt(d) unless given.
 
