@@ -13,6 +13,7 @@ from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
 from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
+from saccade.nn.hymba import Hymba, HymbaMixer, HymbaState, SelectiveHeads
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
@@ -57,6 +58,9 @@ __all__ = [
     "GeometryBias",
     "GraphExperts",
     "GridState",
+    "Hymba",
+    "HymbaMixer",
+    "HymbaState",
     "LabelAttention",
     "LearnedPositions",
     "LexiconAttention",
@@ -83,6 +87,7 @@ __all__ = [
     "RelationalAttention",
     "ResidualAttention",
     "ResidualAttentionNetwork",
+    "SelectiveHeads",
     "SentenceGate",
     "SetTransformer",
     "SinusoidalPositions",
