@@ -20,6 +20,7 @@ from saccade.nn.gaussian import GaussianGate
 from saccade.nn.gin import GINAdapter, GINAttention, add_gin_adapters
 from saccade.nn.graphs import MPNN, LinearVirtualNode, VirtualNodeLayer
 from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scales
+from saccade.nn.hymba import Hymba, HymbaMixer, HymbaState, SelectiveHeads
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.linearized import LinearizedAttention, LinearizedTransformer
@@ -74,6 +75,9 @@ __all__ = [
     "GeometryBias",
     "GraphExperts",
     "GridState",
+    "Hymba",
+    "HymbaMixer",
+    "HymbaState",
     "KeyValueMemory",
     "LabelAttention",
     "LearnedPositions",
@@ -109,6 +113,7 @@ __all__ = [
     "RelationalAttention",
     "ResidualAttention",
     "ResidualAttentionNetwork",
+    "SelectiveHeads",
     "SentenceGate",
     "SetTransformer",
     "ShallowFusion",
