@@ -135,3 +135,26 @@ def test_threads_repeat_a_choice_bit_by_bit() -> None:
 def test_a_mask_beside_the_choice_that_is_no_interval_is_refused() -> None:
     with pytest.raises(sc.NotSupported, match="beside its choice are no intervals"):
         sc.plan("causal + top_blocks(8) + strided(3)", (1, 1, 64, 4), kernel="native")
+
+
+@pytest.mark.parametrize("lengths", [None, [90, 41]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seerattention(8, top=3, width=10)",
+        "seerattention(8, top=3, width=6, rope=false)",
+        "causal + top_blocks(8, top=3, proxy=bound_key) + chunk(8)",
+        "top_blocks(8, top=3, proxy=bound_key)",
+    ],
+)
+def test_any_product_of_vectors_is_scored_and_sorted_in_the_engine(
+    text: str, lengths: list[int] | None
+) -> None:
+    m = sc.mechanism(text)
+    call = draw(text, rows=90, kv=2, lengths=lengths, dtype=torch.float32)
+    (select,) = (p for p in m.pairs.leaves() if isinstance(p, TopBlocks))
+    q, k = (torch.nan_to_num(x) for x in (call.q, call.k))
+    c = Context(q, k, k, None if lengths else 0, ends=call.lengths, params=call.params, looks_back=m.causal)
+    got, wanted = native_choice.choose(select, c), select.choose(c)
+    picked = [x.index.masked_fill(~x.valid, -1).sort(-1).values for x in (got, wanted)]
+    assert torch.equal(*picked)

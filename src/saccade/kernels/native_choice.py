@@ -17,7 +17,7 @@ from saccade.native import Array, Call, Choice
 from saccade.parts.algebra import Full, Pairs
 from saccade.parts.budget import Share, Top
 from saccade.parts.pair import Context
-from saccade.parts.proxy import MeanKey
+from saccade.parts.proxy import MeanKey, Proxy
 from saccade.parts.select import Choice as Choose
 from saccade.parts.select import TopBlocks, choice_of
 from saccade.parts.selection import Blocks
@@ -66,23 +66,26 @@ def tables(m: Pairwise, r: Request) -> tuple[Table, Table] | None:
 
 @torch.no_grad()
 def choose(select: Choose, c: Context) -> Blocks:
-    """What `select.choose` answers; a few mean keys a query are scored and sorted in the engine, of equals the first block."""
+    """What `select.choose` answers; where a vector a block scores a query, the engine scores and sorts, of equals the first block."""
     blocks, rows = -(-c.k.shape[2] // select.size), c.q.shape[2]
     choices = select.keep.most(blocks)
-    by_mean = isinstance(select, TopBlocks) and isinstance(select.proxy, MeanKey)
-    if not by_mean or not isinstance(select.keep, Top) or select.height > 1 or choices > MOST:
+    product = isinstance(select, TopBlocks) and type(select.proxy).scores is Proxy.scores
+    if not product or not isinstance(select.keep, Top) or select.height > 1 or choices > MOST:
         chosen = select.choose(c)
         assert isinstance(chosen, Blocks)
         return chosen
     assert isinstance(select, TopBlocks)
-    means = select.proxy.keys(c, select.size).to(torch.float32).contiguous()
+    if isinstance(select.proxy, MeanKey):
+        q, vectors = lined(c.q), select.proxy.keys(c, select.size)
+    else:
+        q, vectors = (x.to(torch.float32).contiguous() for x in select.proxy.prepare(c, select.size, 1))
+    vectors = vectors.to(torch.float32).contiguous()
     bound = (c.key_ends[:, None] + select.size - 1) // select.size
     if c.looks_back:
         bound = torch.minimum(bound, torch.div(c.i, select.size, rounding_mode="floor") + select.own)
     bound = bound.expand(-1, rows).to(torch.int32).contiguous()
     index = torch.empty(*c.q.shape[:3], choices, dtype=torch.long)
     valid = torch.empty(index.shape, dtype=torch.bool)
-    q = lined(c.q)
     call = Call(
         bf16=q.dtype == torch.bfloat16,
         batch=q.shape[0],
@@ -97,7 +100,7 @@ def choose(select: Choose, c: Context) -> Blocks:
     native.choose(
         call,
         Choice(
-            means.data_ptr(),
+            vectors.data_ptr(),
             blocks,
             choices,
             bound.data_ptr(),
