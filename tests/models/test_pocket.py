@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,11 @@ def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(pocket, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"saccade\.models\.pocket\.recipe"):
         pocket.path()
+
+
+@pytest.mark.parametrize("room", [150, 167, 240, 300, 512, 1024])
+def test_every_room_holds_every_kind(room: int) -> None:
+    text = b"a text to hide things in\n" * 60
+    made = [corpus.asked(text, room, random.Random(seed)) for seed in range(400)]
+    assert {m.kind for m in made} == {"needle", "recall", "variables", "copy"}
+    assert all(len(m) <= room for m in made)

@@ -26,9 +26,10 @@ class StreamNet(nn.Module):
         super().__init__()
         self.heads, self.stream = heads if stream.per_head else 1, stream
         numbers, hidden = self.heads * (stream.width or 1), self.heads * stream.hidden
-        self.net: nn.Module = nn.Linear(hidden or dim, numbers)
-        if hidden:
-            self.net = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), self.net)
+        last = nn.Linear(hidden or dim, numbers)
+        if stream.start is not None:
+            last.bias = nn.Parameter(torch.linspace(*stream.start, numbers))
+        self.net = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), last) if hidden else last
 
     def forward(self, x: Tensor, keys: Tensor | int) -> Tensor:
         """x (B, n, dim) and the number of keys, one or (B,), to (B, heads, n) or (B, heads, n, width)."""

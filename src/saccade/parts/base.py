@@ -81,7 +81,7 @@ class Stream:
 
     One number, (B, H, n), or `width` numbers, (B, H, n, width); one head, (B, 1, n), where it is not `per_head`. A layer
     projects its input, through `hidden` tanh units a head when given; a stream of `positions` is then squashed to 0..S, the
-    number of keys.
+    number of keys. `start` spreads the projection's biases at first evenly between two numbers.
     """
 
     side: Side
@@ -89,6 +89,7 @@ class Stream:
     hidden: int = 0
     positions: bool = False
     per_head: bool = True
+    start: tuple[float, float] | None = None
 
     def shape(self, batch: int, heads: int, tokens: int) -> tuple[int, ...]:
         """The shape of the stream for so many tokens of its side."""

@@ -90,6 +90,10 @@ class ChannelDecay(Decay):
         return logsigmoid(by_state(c.streams["forget"], c.k.shape[1])) / self.temperature
 
 
+STEP = Stream("k", start=(-6.9, -2.25))
+"""The x of a step: softplus of the biases lies between 0.001 and 0.1 at first, as in Mamba-2, so that states last."""
+
+
 @dataclass(frozen=True)
 class StepDecay(Decay):
     """exp(-softplus(x) exp(rate_g)): a step of x along a learned rate (Dao and Gu, Transformers are SSMs: Mamba-2, 2024)."""
@@ -101,7 +105,7 @@ class StepDecay(Decay):
         return {"rate": Weight((sizes.kv_heads,), "zeros")}
 
     def streams(self, sizes: Sizes) -> dict[str, Stream]:
-        return {"step": Stream("k")}
+        return {"step": STEP}
 
     def log(self, c: Context) -> Tensor:
         step = softplus(by_state(c.streams["step"], c.k.shape[1]))

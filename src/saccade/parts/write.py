@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from saccade.errors import MechanismError
 from saccade.parts.base import Part, Sizes, Stream, arg
-from saccade.parts.decay import by_state
+from saccade.parts.decay import STEP, by_state
 
 if TYPE_CHECKING:
     from saccade.parts.pair import Context
@@ -37,7 +37,7 @@ class StepWrite(Write):
     name = "step_write"
 
     def streams(self, sizes: Sizes) -> dict[str, Stream]:
-        return {"step": Stream("k")}
+        return {"step": STEP}
 
     def gain(self, c: Context) -> Tensor:
         return softplus(by_state(c.streams["step"], c.k.shape[1]))

@@ -74,7 +74,8 @@ def asked(text: bytes, room: int, draw: random.Random) -> questions.Asked:
     if kind == "copy":
         return questions.copy(room, seed, draw.randint(1, max(1, min(60, (room - 60) // 14))))
     if kind == "variables":
-        return questions.variables(text, room, seed, draw.randint(1, 3), draw.randint(1, 2), min(turns, 2))
+        chains = draw.randint(1, max(1, min(3, room // 120)))
+        return questions.variables(text, room, seed, chains, draw.randint(1, 2), min(turns, chains))
     return questions.needle(text, room, seed, draw.randint(1, max(1, min(4, room // 150))), turns)
 
 
