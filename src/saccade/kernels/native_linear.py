@@ -245,14 +245,15 @@ class NativeLinearKernel(Kernel):
         fused = type(m.feature) in FUSED
         mapped = 0 if fused else 4 * s.length * (readers * size + states * (size + s.value_dim))
         width = 0 if m.decay is None else size if m.decay.channels else 1
-        streams = 4 * states * s.length * (width + (m.write is not None))
+        as_given = type(m.decay) is ChannelDecay and not r.grad
+        streams = 0 if as_given else 4 * states * s.length * (width + (m.write is not None))
         threads = min(torch.get_num_threads(), states)
         held = 4 * states * size * (s.value_dim + 1)
-        peak = o + mapped + 2 * streams + 2 * held + threads * 4 * CHUNK * (8 * wide + 4 * value)
+        peak = o + mapped + streams + 2 * held + threads * 4 * CHUNK * (8 * wide + 4 * value)
         if isinstance(m.ratio, RowRatio):
             peak += (1 + r.lse) * 4 * readers * s.length
         if r.grad:
-            peak += o + q + k + v + mapped + 2 * streams
+            peak += q + k + v + mapped + 2 * streams
             peak += threads * 4 * wide * value * (count + 8)
         return Cost(flops, (q + k + v + o) * (3 if r.grad else 1), peak, 4)
 
