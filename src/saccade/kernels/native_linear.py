@@ -6,7 +6,7 @@ Legend: b batch, g state heads, h query heads, n tokens, m feature size, e value
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from saccade.kernels.native_choice import lined
 from saccade.kernels.recurrent import Carry
 from saccade.mechanism.values import Mechanism, Recurrent
 from saccade.native import Array, Linear
+from saccade.parts.decay import ChannelDecay
 from saccade.parts.feature import Elu1, Identity
 from saccade.parts.memory import RowRatio, log_total
 from saccade.parts.pair import Context
@@ -39,6 +40,7 @@ class Work:
     overwrites: bool
     ratio: bool
     lengths: Tensor | None = None
+    temperature: float = 0.0  # of channels that come as x of logsigmoid(x) / temperature
 
     @classmethod
     def of(cls, m: Recurrent, lengths: Tensor | None = None) -> Work:
@@ -74,6 +76,8 @@ class Work:
             channels=self.channels,
             overwrites=self.overwrites,
             isa=BEST,
+            decay_rule=self.temperature > 0,
+            temperature=self.temperature,
         )
         if log is not None:
             call.log = Array.of(log)
@@ -179,7 +183,14 @@ def advance(m: Recurrent, c: Context, carry: Carry | None, lse: bool) -> tuple[T
         q, k, v = (x.to(torch.float32) for x in (q, k, v))
         q, k = m.feature.map(q, "q", None, c.buffers)[0], m.feature.map(k, "k", c.valid, c.buffers)[0]
     q, k, v = lined(q), lined(k), lined(v)
-    log = None if m.decay is None else m.decay.log(c).to(torch.float32)
+    work = Work.of(m, None if c.ends is None else c.ends.to(torch.int64).contiguous())
+    given = (q, k, v, *c.params.values(), *c.streams.values(), *((carry.s, carry.z) if carry else ()))
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    log: Tensor | None
+    if type(m.decay) is ChannelDecay and not tracked and _ready(c.streams["forget"], k.shape[1]):
+        log, work = c.streams["forget"], replace(work, temperature=m.decay.temperature)
+    else:
+        log = None if m.decay is None else m.decay.log(c).to(torch.float32)
     gain = None if m.write is None else m.write.gain(c).to(torch.float32).unsqueeze(-1)
     b, g, n, size = k.shape
     if log is not None and log.shape[:3] != (b, g, n):
@@ -189,13 +200,17 @@ def advance(m: Recurrent, c: Context, carry: Carry | None, lse: bool) -> tuple[T
     if carry is None:
         carry = Carry.empty(b, g, size, v.shape[-1], torch.empty(0))
     s, z = carry.s.contiguous(), carry.z.contiguous()
-    work = Work.of(m, None if c.ends is None else c.ends.to(torch.int64).contiguous())
     inputs = (q, k, v, log, gain, s, z)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if tracked:
         out, total, s, z = Advance.apply(*inputs, work)
     else:
         out, total, s, z = forward(*inputs, work)
     return out.to(c.q.dtype), log_total(total) if lse else None, Carry(s, z, carry.m)
+
+
+def _ready(x: Tensor, groups: int) -> bool:
+    """Whether the engine reads a stream of decays as it is."""
+    return x.shape[1] == groups and x.dtype == torch.float32
 
 
 class NativeLinearKernel(Kernel):
@@ -232,14 +247,15 @@ class NativeLinearKernel(Kernel):
         fused = type(m.feature) in FUSED
         mapped = 0 if fused else 4 * s.length * (readers * size + states * (size + s.value_dim))
         width = 0 if m.decay is None else size if m.decay.channels else 1
-        streams = 4 * states * s.length * (width + (m.write is not None))
+        as_given = type(m.decay) is ChannelDecay and not r.grad
+        streams = 0 if as_given else 4 * states * s.length * (width + (m.write is not None))
         threads = min(torch.get_num_threads(), states)
         held = 4 * states * size * (s.value_dim + 1)
-        peak = o + mapped + 2 * streams + 2 * held + threads * 4 * CHUNK * (8 * wide + 4 * value)
+        peak = o + mapped + streams + 2 * held + threads * 4 * CHUNK * (8 * wide + 4 * value)
         if isinstance(m.ratio, RowRatio):
             peak += (1 + r.lse) * 4 * readers * s.length
         if r.grad:
-            peak += o + q + k + v + mapped + 2 * streams
+            peak += q + k + v + mapped + 2 * streams
             peak += threads * 4 * wide * value * (count + 8)
         return Cost(flops, (q + k + v + o) * (3 if r.grad else 1), peak, 4)
 

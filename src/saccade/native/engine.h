@@ -74,10 +74,12 @@ struct saccade_linear {
     const int64_t *lengths;  // (batch): later rows are padding, never read, and answered with zeros
     float least;           // a smaller sum of weights divides as this one
     int32_t elu, channels, overwrites, isa, threads;
+    // log holds 0 the logarithm, 1 x of logsigmoid(x) / temperature (forward, by channel or a token alone), 2 x of
+    // -softplus(x) exp(rate) (a token alone).
+    int32_t decay_rule;
     // A token alone may come as it is, and go out finished: what its decay and its gain are made of, carried by one head, by
     // the state heads or by the query heads, which share their mean; lengths of q and k made 1; the output over its root mean
     // square times `norm` (heads, value_dim).
-    int32_t decay_rule;     // log holds 0 the logarithm, 1 x of logsigmoid(x) / temperature, 2 x of -softplus(x) exp(rate)
     int32_t gain_rule;      // gain holds 0 the gain, 1 x of softplus(x), 2 x of most / (1 + exp(-x))
     int32_t log_heads, gain_heads;
     float temperature, most, unit_eps, norm_eps;  // an eps of 0: not asked for

@@ -5,17 +5,7 @@
 
 namespace {
 
-// log(1 + e^x) and 1 / (1 + e^-x).
-INLINE vf softplus(vf x) {
-    const vf u = survives(choose(x > vf{}, -x, x)), s = u / (u + 2.0f), t = s * s;
-    vf p = t * (1.0f / 13) + (1.0f / 11);
-    p = p * t + (1.0f / 9);
-    p = p * t + (1.0f / 7);
-    p = p * t + (1.0f / 5);
-    p = p * t + (1.0f / 3);
-    p = p * t + 1.0f;
-    return choose(x > vf{}, x, vf{}) + s * p * 2.0f;
-}
+// 1 / (1 + e^-x).
 INLINE vf sigmoid(vf x) {
     const vf u = survives(choose(x > vf{}, -x, x));
     return choose(x > vf{}, splat(1.0f), u) / (u + 1.0f);

@@ -23,6 +23,18 @@ INLINE vf survives(vf x) {
     return p * (vf)(((vu)t << 23) + (127u << 23));
 }
 
+// log(1 + e^x).
+INLINE vf softplus(vf x) {
+    const vf u = survives(choose(x > vf{}, -x, x)), s = u / (u + 2.0f), t = s * s;
+    vf p = t * (1.0f / 13) + (1.0f / 11);
+    p = p * t + (1.0f / 9);
+    p = p * t + (1.0f / 7);
+    p = p * t + (1.0f / 5);
+    p = p * t + (1.0f / 3);
+    p = p * t + 1.0f;
+    return choose(x > vf{}, x, vf{}) + s * p * 2.0f;
+}
+
 // The decays of a chunk. Those of a token or a head are single numbers, those by channel rows of `wide`.
 struct Paths {
     const saccade_linear &call;
@@ -114,10 +126,10 @@ struct Paths {
 
     vf log_of(int64_t batch, int64_t owner, int64_t row, int64_t c) const {
         const float *from = at<float>(call.log, batch, owner, row) + c;
-        if (c + VL <= call.dim) return load(from);
         float some[VL] = {};
-        for (int64_t i = 0; c + i < call.dim; ++i) some[i] = from[i];
-        return load(some);
+        for (int64_t i = 0; c + VL > call.dim && c + i < call.dim; ++i) some[i] = from[i];
+        const vf x = load(c + VL > call.dim ? some : from);
+        return call.decay_rule == 1 ? softplus(-x) * (-1 / call.temperature) : x;
     }
 
     // Keys as they arrive at the edge of each later block; `held` has room for the rows of a block.
