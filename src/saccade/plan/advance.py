@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import NotSupported
+from saccade.kernels import state as on_gpu
 from saccade.kernels.recurrent import Carry, chunked, step
 from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
@@ -266,6 +267,10 @@ def _advance_recurrent(
     if c.q.shape[2] == 1 and not lse:
         out, after = step(m, c, carry)
         found = None
+    elif c.q.is_cuda and not on_gpu.StateKernel().reasons(m, request(c, lse)):
+        out, found, ended = on_gpu.chunked(m, c, carry)
+        assert ended is not None
+        after = ended
     else:
         out, found, after = chunked(m, c, carry)
     out, found = finish(m, c, out.to(c.q.dtype), found)
