@@ -45,7 +45,7 @@ def written(
     sizes = {"DIM": m, "EDIM": e, "DECAY": x.decay, "WIDE": sparse_run.wide(x.q)}
     delta_triton.prepare[(chunks * b * g,)](
         x.k, x.v, beta, x.logs, x.ends, u, w, y, keep, *strides(x.k, x.v), *x.steps, g, n, chunks,
-        C=run.rows, STEPS=run.rows.bit_length() - 1, D=padded(m), E=padded(e), BACK=back,
+        C=run.rows, STEPS=run.rows.bit_length() - 1, D=padded(m), E=padded(e), FIXED=x.fixed, BACK=back,
         LOW=x.q.dtype.itemsize == 2, **sizes, **run.options,
     )  # fmt: skip
     rows, run = run.rows, launch("solve", x.q)

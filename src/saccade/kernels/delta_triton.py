@@ -31,7 +31,7 @@ def narrow(x, y, acc, LOW: tl.constexpr):
 def prepare(
     K, V, Beta, Log, Ends, U, W, Y, Keep, k0, k1, k2, v0, v1, v2, n0, l0, l1, l2, groups, rows, chunks,
     C: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    DECAY: tl.constexpr, BACK: tl.constexpr, LOW: tl.constexpr, WIDE: tl.constexpr,
+    DECAY: tl.constexpr, FIXED: tl.constexpr, BACK: tl.constexpr, LOW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """U (b groups, rows, EDIM), W and Y (b groups, rows, DIM): a chunk writes u = U - W S into S, which becomes Keep S + Y^T u.
 
@@ -52,7 +52,7 @@ def prepare(
     left = tl.full([C], 1.0, WIDE)
     keep = 1.0
     if DECAY == 1:
-        G, last = sums(Log, b, g, first, l0, l1, l2, rows, C, WIDE)
+        G, last = sums(Log, b, g, first, l0, l1, l2, rows, C, FIXED, WIDE)
         a = a * tl.exp(tl.where(i[:, None] > i[None, :], G[:, None] - G[None, :], 0.0))
         into = tl.exp(G)
         left = tl.exp(last - G)

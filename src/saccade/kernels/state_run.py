@@ -52,6 +52,7 @@ TABLE = {
     "chunks": Launch(64, 64, 4, 1),
 }
 PROGRAMS = 528  # that take chunks in turn
+UNROLL = 1
 
 
 def launch(kind: str, x: Tensor) -> Launch:
@@ -87,6 +88,11 @@ class Inputs:
     def decay(self) -> int:
         """None, one number a token, or one a channel."""
         return 0 if self.log is None else 1 if self.log.shape[-1] == 1 else 2
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all tokens decay alike."""
+        return self.log is not None and self.log.shape[2] == 1
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -140,7 +146,7 @@ def prepared(x: Inputs) -> Chunks:
     channel_triton.prepare[(programs,)](
         x.q, x.k, x.log, x.ends, found.a, found.q, found.k, found.keep, found.fall, scratch,
         *strides(x.q, x.k), *log_strides(x.log), x.steps[0], h, g, n, chunks, total, programs,
-        C=run.rows, STEPS=run.rows.bit_length() - 1, D=columns, DIM=m, WIDE=sparse_run.wide(x.q), **run.options,
+        C=run.rows, STEPS=run.rows.bit_length() - 1, UNROLL=UNROLL, D=columns, DIM=m, WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
     return found
 
@@ -197,7 +203,7 @@ def states(
     state_triton.segment_sums[(-(-e // columns) * parts.count * b * heads,)](
         writer, values, extra, x.logs, x.q if chunks is None else chunks.keep, x.ends, s, z,
         *strides(writer, values), *x.steps, heads, groups, n, -(-n // run.rows), parts.tokens // run.rows, parts.count,
-        C=run.rows, D=padded(m), DIM=m, E=columns, EDIM=e, DECAY=x.decay, RATIO=form.ratio, BACK=back is not None,
+        C=run.rows, D=padded(m), DIM=m, E=columns, EDIM=e, DECAY=x.decay, FIXED=x.fixed, RATIO=form.ratio, BACK=back is not None,
         ELU=form.elu, WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
     fall = x.q if x.log is None else _falls(x, parts, chunks)
@@ -268,7 +274,7 @@ def _values(
     state_triton.values[(-(-e // columns) * parts.count * b * h,)](
         *given, a, x.logs, keep, x.ends, s, z, *into,
         *strides(*given), *x.steps, h, g, n, -(-n // run.rows), parts.tokens // run.rows, parts.count,
-        C=run.rows, D=padded(m), DIM=m, E=columns, EDIM=e, DECAY=x.decay, RATIO=form.ratio and not back, ELU=form.elu,
+        C=run.rows, D=padded(m), DIM=m, E=columns, EDIM=e, DECAY=x.decay, FIXED=x.fixed, RATIO=form.ratio and not back, ELU=form.elu,
         GIVEN=begin is not None, FINAL=form.final, BACK=back, WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
 
@@ -298,7 +304,7 @@ def _features(
     state_triton.features[(blocks * parts.count * b * h,)](
         *given, extra, x.logs, keep, x.ends, s, z, into[0], dots, into[1],
         *strides(*given), *x.steps, h, g, n, -(-n // run.rows), parts.tokens // run.rows, parts.count,
-        C=run.rows, D=columns, DIM=m, E=padded(e), EDIM=e, DECAY=x.decay, RATIO=form.ratio, ELU=form.elu,
+        C=run.rows, D=columns, DIM=m, E=padded(e), EDIM=e, DECAY=x.decay, FIXED=x.fixed, RATIO=form.ratio, ELU=form.elu,
         GIVEN=begin is not None, FINAL=form.final, BACK=back, WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
     return dots.sum(2) if x.decay == 1 else None
@@ -403,7 +409,7 @@ def _finished(
     channel_triton.finish[(programs,)](
         x.q, x.k, x.v, grad, extra, x.log, x.ends, dq, dk, fell, sums, scratch, *strides(x.q, x.k, x.v, grad),
         *log_strides(x.log), x.steps[0], h, g, n, chunks, total, programs,
-        C=run.rows, STEPS=run.rows.bit_length() - 1, D=columns, DIM=m, E=padded(e), EDIM=e, RATIO=form.ratio,
+        C=run.rows, STEPS=run.rows.bit_length() - 1, UNROLL=UNROLL, D=columns, DIM=m, E=padded(e), EDIM=e, RATIO=form.ratio,
         WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
     fell, sums = _by_group(fell, g), _by_group(sums, g).transpose(2, 3).contiguous()

@@ -76,11 +76,17 @@ def read(x, s, WIDE: tl.constexpr):
 
 
 @triton.jit
-def sums(Log, b, g, first, l0, l1, l2, rows, C: tl.constexpr, WIDE: tl.constexpr):
+def sums(Log, b, g, first, l0, l1, l2, rows, C: tl.constexpr, FIXED: tl.constexpr, WIDE: tl.constexpr):
     """Logarithms summed from the start of the chunk through each token, and over all of it; Log (b or 1, g, rows or 1)."""
-    at = first + tl.arange(0, C)
-    log = tl.load(Log + b * l0 + g * l1 + at.to(tl.int64) * l2, mask=at < rows, other=0.0).to(WIDE)
-    return tl.cumsum(log, 0), tl.sum(log, 0)
+    i = tl.arange(0, C)
+    if FIXED:
+        log = tl.load(Log + b * l0 + g * l1).to(WIDE)
+        found = log * (tl.minimum(i + 1, rows - first)).to(WIDE), log * tl.minimum(rows - first, C).to(WIDE)
+    else:
+        at = first + i
+        log = tl.load(Log + b * l0 + g * l1 + at.to(tl.int64) * l2, mask=at < rows, other=0.0).to(WIDE)
+        found = tl.cumsum(log, 0), tl.sum(log, 0)
+    return found
 
 
 @triton.jit
@@ -110,9 +116,11 @@ def weights_after(G, C: tl.constexpr):
 
 
 @triton.jit
-def reach(Log, b, g, first, l0, l1, l2, rows, C: tl.constexpr, BACK: tl.constexpr, WIDE: tl.constexpr):
+def reach(
+    Log, b, g, first, l0, l1, l2, rows, C: tl.constexpr, FIXED: tl.constexpr, BACK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """What pairs of a chunk keep, a row of the reader each; what readers and writers keep to its borders; what it keeps."""
-    G, last = sums(Log, b, g, first, l0, l1, l2, rows, C, WIDE)
+    G, last = sums(Log, b, g, first, l0, l1, l2, rows, C, FIXED, WIDE)
     if BACK:
         found = weights_after(G, C), tl.exp(last - G), tl.exp(G), tl.exp(last)
     else:
@@ -141,7 +149,7 @@ def segment_sums(
     X, Y, Extra, Log, Keep, Ends, S, Z, x0, x1, x2, y0, y1, y2, n0, l0, l1, l2,
     heads, groups, rows, chunks, per, segments,
     C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    DECAY: tl.constexpr, RATIO: tl.constexpr, BACK: tl.constexpr, ELU: tl.constexpr,
+    DECAY: tl.constexpr, FIXED: tl.constexpr, RATIO: tl.constexpr, BACK: tl.constexpr, ELU: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """S (b heads, segments, DIM, EDIM): what each segment adds to a state, decayed to its end, and Z (b heads, segments, DIM).
@@ -168,7 +176,7 @@ def segment_sums(
         y = tile(Y, b, h, first, col, y0, y1, y2, end, C, E, EDIM)
         share = tl.full([C], 1.0, WIDE)
         if DECAY == 1:
-            G, last = sums(Log, b, g, first, l0, l1, l2, rows, C, WIDE)
+            G, last = sums(Log, b, g, first, l0, l1, l2, rows, C, FIXED, WIDE)
             share = tl.exp(G) if BACK else tl.exp(last - G)
             y = (y * share[:, None]).to(y.dtype)
             s = s * tl.exp(last)
@@ -238,7 +246,7 @@ def values(
     X, Y, V, A, Log, Keep, Ends, S, Z, Out, Total, Last, Lastz,
     x0, x1, x2, y0, y1, y2, v0, v1, v2, n0, l0, l1, l2, heads, groups, rows, chunks, per, segments,
     C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    DECAY: tl.constexpr, RATIO: tl.constexpr, ELU: tl.constexpr, GIVEN: tl.constexpr, FINAL: tl.constexpr,
+    DECAY: tl.constexpr, FIXED: tl.constexpr, RATIO: tl.constexpr, ELU: tl.constexpr, GIVEN: tl.constexpr, FINAL: tl.constexpr,
     BACK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Out (b, heads, rows, EDIM): sums of values V, weighed by the products of phi(X) with phi(Y), and the state at the end.
@@ -282,7 +290,7 @@ def values(
         else:
             a = times(x, tl.trans(y), tl.zeros([C, C], WIDE))
         if DECAY == 1:
-            pairs, into, left, keep = reach(Log, b, g, first, l0, l1, l2, rows, C, BACK, WIDE)
+            pairs, into, left, keep = reach(Log, b, g, first, l0, l1, l2, rows, C, FIXED, BACK, WIDE)
             a = a * pairs
             acc = acc * into[:, None]
         if DECAY == 0:
@@ -328,7 +336,7 @@ def features(
     X, Y, V, Of, Extra, Log, Keep, Ends, S, Z, Out, Dots, Last,
     x0, x1, x2, y0, y1, y2, v0, v1, v2, o0, o1, o2, n0, l0, l1, l2, heads, groups, rows, chunks, per, segments,
     C: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
-    DECAY: tl.constexpr, RATIO: tl.constexpr, ELU: tl.constexpr, GIVEN: tl.constexpr, FINAL: tl.constexpr,
+    DECAY: tl.constexpr, FIXED: tl.constexpr, RATIO: tl.constexpr, ELU: tl.constexpr, GIVEN: tl.constexpr, FINAL: tl.constexpr,
     BACK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Out (b, heads, rows, DIM), the gradient of queries Of, and Dots, its products with phi(Of) where DECAY is 1.
@@ -372,7 +380,7 @@ def features(
             extra = tl.load(Extra + head.to(tl.int64) * rows + at, mask=at < rows, other=0.0)
             acc += z[None, :] if BACK else extra[:, None] * z[None, :]
         if DECAY == 1:
-            pairs, into, left, keep = reach(Log, b, g, first, l0, l1, l2, rows, C, BACK, WIDE)
+            pairs, into, left, keep = reach(Log, b, g, first, l0, l1, l2, rows, C, FIXED, BACK, WIDE)
             acc = acc * into[:, None]
         if DECAY < 2:
             a = times(x, tl.trans(y), tl.zeros([C, C], WIDE))
