@@ -42,7 +42,7 @@ def draw(text: str, **sizes: Any) -> Call:
     return replace(call, streams={n: x * (4 / call.k.shape[2]) - 2 for n, x in call.streams.items()})
 
 
-SMALL: dict[str, Any] = {"batch": 1, "heads": 2}
+SMALL: dict[str, Any] = {"batch": 1, "heads": 1}
 TEXTS = [
     "causal + linear",
     "causal + identity",
@@ -70,7 +70,7 @@ def test_equals_the_definition(text: str) -> None:
     agree(draw(text, **SMALL), "state", lse=has_lse(text))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 33])
+@pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize("text", ["causal + linear", "gla", "gated_delta_net"])
 def test_one_chunk_and_lengths_that_none_divides(text: str, rows: int) -> None:
     agree(draw(text, rows=rows, batch=1, heads=1), "state", lse=has_lse(text))
@@ -127,13 +127,18 @@ def both(call: Call, carry: Carry, leaves: list[Tensor], run) -> list[Tensor]:  
     return seen + [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, found, strict=True)]
 
 
-@pytest.mark.parametrize("kv", [1, 2])
 @pytest.mark.parametrize(
-    "text",
-    ["causal + linear", "causal + gate_decay + elu1 + ratio", "gla", "gated_delta_net", "delta_net"],
+    ("text", "kv"),
+    [
+        ("causal + linear", 1),
+        ("causal + gate_decay + elu1 + ratio", 2),
+        ("gla", 1),
+        ("gated_delta_net", 1),
+        ("delta_net", 2),
+    ],
 )
 def test_goes_on_from_a_state_and_ends_in_one(text: str, kv: int) -> None:
-    call = draw(text, kv=kv, **SMALL).changed(lambda x: x.requires_grad_())
+    call = draw(text, kv=kv, batch=1, heads=2).changed(lambda x: x.requires_grad_())
     g = torch.Generator().manual_seed(1)
     s = torch.randn(1, kv, 8, 8, generator=g, dtype=torch.float64).requires_grad_()
     z = torch.rand(1, kv, 8, generator=g, dtype=torch.float64).requires_grad_(has_lse(text))
