@@ -113,8 +113,8 @@ def draw(
         normal(batch, kv, keys, value),
         {n: normal(*w.shape, scale=0.4) for n, w in m.weights(sizes).items() if n not in own},
         {
-            n: (torch.rand(batch, heads, rows, generator=g, dtype=torch.float64) * keys).to(dtype)
-            for n in m.streams(sizes)
+            n: (torch.rand(x.shape(batch, heads, rows), generator=g, dtype=torch.float64) * keys).to(dtype)
+            for n, x in m.streams(sizes).items()
         },
         {n: b.to(dtype) for n, b in m.buffers(sizes, g).items()},
         None,
@@ -210,7 +210,8 @@ def agree(call: Call, kernel: str, *, lse: bool = True, grad: bool = True) -> No
     for name, x in expected.items():
         where = {"q": call.row_valid if not call.learned_query else None}.get(name)
         where = call.key_valid if name in ("k", "v") else where
-        where = call.row_valid.squeeze(-1) if name in call.streams else where
+        if name in call.streams:
+            where = call.row_valid if x.dim() == 4 else call.row_valid.squeeze(-1)
         same(f"gradient of {name}", found[name], x, where)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.errors import NotSupported
 from saccade.kernels import native_linear, native_step
+from saccade.kernels import state as on_gpu
 from saccade.kernels.recurrent import Carry, chunked, step
 from saccade.kernels.scan import logits_and_values, prefixes
 from saccade.mechanism import ByHead, Combine, Mechanism, Mixer, Pairwise, Recurrent
@@ -302,6 +303,10 @@ def _advance_recurrent(
     elif c.q.shape[2] == 1 and not lse:
         out, after = step(m, c, carry)
         found = None
+    elif c.q.is_cuda and not on_gpu.StateKernel().reasons(m, request(c, lse)):
+        out, found, ended = on_gpu.chunked(m, c, carry)
+        assert ended is not None
+        after = ended
     else:
         out, found, after = chunked(m, c, carry)
     out, found = finish(m, c, out.to(c.q.dtype), found)

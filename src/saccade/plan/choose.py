@@ -33,6 +33,7 @@ from saccade.kernels.scan import ScanKernel
 from saccade.kernels.sdpa import SdpaKernel, backend
 from saccade.kernels.slab import SlabKernel
 from saccade.kernels.sparse import SparseKernel
+from saccade.kernels.state import StateKernel
 from saccade.kernels.thin import ThinKernel
 from saccade.mechanism import ByHead, Combine, Join, Mechanism, Mix, Mixer, Pairwise, Recurrent
 from saccade.mechanism import mechanism as parse
@@ -104,6 +105,7 @@ KERNELS: tuple[Kernel, ...] = (
     GridKernel(),
     ScanKernel(),
     NativeLinearKernel(),
+    StateKernel(),
     RecurrentKernel(),
     MixerKernel(),
     MeanKernel(),
