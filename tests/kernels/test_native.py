@@ -59,6 +59,14 @@ GRIDS = [
     ("na((3, 5, 3), causal_axes=(true, false, false))", (6, 7, 5)),
     ("na((9,), stride=3)", (40,)),
     ("na((8, 16), stride=(8, 16))", (16, 32)),
+    ("halonet(4, halo=2)", (10, 13)),
+    ("halonet(3, halo=1, axes=3)", (4, 6, 5)),
+    ("halonet(4, halo=9)", (6, 9)),
+    ("na(5) + rel_axes(2)", (9, 12)),
+    ("na((4, 5), stride=(2, 3), causal_axes=(true, false)) + rel_axes(6)", (9, 12)),
+    ("na(3, dilation=2) + rel_axes(3)", (9, 12)),
+    ("rel_axes(3)", (7, 10)),
+    ("causal + rel_axes(2, axes=1)", (70,)),
 ]
 SINGLE, ROUNDED = 1e-5, 2e-2
 
@@ -110,6 +118,27 @@ def test_grids(text: str, grid: tuple[int, ...]) -> None:
 )
 def test_every_instruction_set_and_size(isa: int, text: str, dim: int, value: int) -> None:
     close(draw(text, rows=101, kv=2, dim=dim, value=value, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("dim", "value"), [(5, 3), (16, 33), (64, 64)])
+def test_terms_that_rows_hold_in_every_instruction_set(isa: int, dim: int, value: int) -> None:
+    m = sc.mechanism("halonet(4, halo=2)").on_grid((9, 14))
+    close(draw(str(m), rows=126, kv=2, dim=dim, value=value, dtype=torch.float32))
+    half = draw(str(m), rows=126, kv=2, dim=dim, value=value, dtype=torch.bfloat16)
+    close(half, tolerance=ROUNDED)
+
+
+def test_terms_are_left_to_others_where_rows_meet_several_parts_or_lengths_differ() -> None:
+    for text, lengths, why in (
+        ("(window(6) | strided(7)) + rel_axes(2, axes=1)", None, "are for one part"),
+        ("rel_axes(2, axes=1) + softcap(5.0)", None, "rel_axes is not followed"),
+        ("rel_axes(2, axes=1)", [64, 9], "for whole sequences of one length"),
+        ("rel_axes(2, axes=1, grid=(300,))", None, "rel_axes is not followed"),
+    ):
+        m = sc.mechanism(text) if "grid" in text else sc.mechanism(text).on_grid((64,))
+        call = draw(str(m), rows=300 if "grid" in text else 64, lengths=lengths, dtype=torch.float32)
+        with pytest.raises(sc.NotSupported, match=why):
+            answer(call, "native", True)
 
 
 @pytest.mark.parametrize("text", ["causal", "window(40) + sink(3)", "window(6) + strided(7)"])

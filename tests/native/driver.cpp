@@ -36,6 +36,14 @@ void run(bool bf16, int isa, int threads, int64_t b, int64_t h, int64_t g, int64
     c.scale = 1 / std::sqrt(static_cast<float>(d));
     c.isa = isa, c.threads = threads;
     c.part = &part, c.parts = 1;
+    const int64_t term_dim = 11;
+    Numbers terms(b, h, rows, term_dim, false), dterms(b, h, rows, term_dim, false);
+    std::vector<int32_t> slot;
+    for (int64_t j = 0; j < keys; ++j) slot.push_back(static_cast<int32_t>(j % 4)), slot.push_back(static_cast<int32_t>(4 + j % 7));
+    if (!choices && d % 2) {
+        c.terms = terms.array(), c.dterms = dterms.array();
+        c.slot = slot.data(), c.slots = 2, c.term_dim = term_dim;
+    }
     if (choices) {
         const saccade_choice choice{vectors.data(), blocks, choices, bound.data(), 0, index.data(), valid.data()};
         if (saccade_choose(&c, &choice)) std::exit(2);
@@ -59,11 +67,12 @@ void run(bool bf16, int isa, int threads, int64_t b, int64_t h, int64_t g, int64
                     if (!there) continue;
                     s[j] = 0;
                     for (int64_t x = 0; x < d; ++x) s[j] += static_cast<double>(q.at(n, m, i, x)) * k.at(n, o, j, x);
+                    for (int64_t a = 0; a < c.slots; ++a) s[j] += terms.at(n, m, i, slot[2 * j + a]);
                     s[j] *= c.scale;
                     top = std::max(top, s[j]);
                 }
                 for (double x : s) total += x == -INFINITY ? 0 : std::exp(x - top);
-                std::vector<double> y(e), step(d);
+                std::vector<double> y(e), step(d), term_step(term_dim);
                 double less = -dlse[line];
                 for (int64_t j = 0; j < keys; ++j)
                     for (int64_t x = 0; x < e && s[j] != -INFINITY; ++x) y[x] += std::exp(s[j] - top) / total * v.at(n, o, j, x);
@@ -81,12 +90,15 @@ void run(bool bf16, int isa, int threads, int64_t b, int64_t h, int64_t g, int64
                         want_v[((n * g + o) * keys + j) * e + x] += p * grad.at(n, m, i, x);
                     }
                     const double ds = p * (dp - less) * c.scale;
+                    for (int64_t a = 0; a < c.slots; ++a) term_step[slot[2 * j + a]] += ds;
                     for (int64_t x = 0; x < d; ++x) {
                         step[x] += ds * k.at(n, o, j, x);
                         want_k[((n * g + o) * keys + j) * d + x] += ds * q.at(n, m, i, x);
                     }
                 }
                 for (int64_t x = 0; x < d; ++x) expect("gradient of q", dq.at(n, m, i, x), step[x], 2 * rough);
+                for (int64_t x = 0; c.slots && x < term_dim; ++x)
+                    expect("gradient of terms", dterms.at(n, m, i, x), term_step[x], 2 * rough);
             }
     for (int64_t n = 0; n < b * g * keys; ++n) {
         for (int64_t x = 0; x < d; ++x) expect("gradient of k", dk.at(0, 0, n, x), want_k[n * d + x], 3 * rough);

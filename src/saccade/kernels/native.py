@@ -19,6 +19,7 @@ from saccade.kernels.native_table import Intervals, Table, lanes, ragged_table, 
 from saccade.mechanism.values import Mechanism, Pairwise
 from saccade.native import Array, Call, Part
 from saccade.parts.algebra import Pairs
+from saccade.parts.logits import Slots
 from saccade.parts.pair import Context, Program, without_padding
 from saccade.parts.score import Dot
 
@@ -35,8 +36,11 @@ class Work:
     scale: float
     parts: Table
     chosen: Chosen | None = None
+    slots: Slots | None = None
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> Call:
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, terms: Tensor | None, out: Tensor, lse: Tensor | None
+    ) -> Call:
         """The engine's view of a pass."""
         b, h, rows, d = q.shape
         parts = (Part * len(self.parts))(*(p.struct() for p in self.parts))
@@ -65,48 +69,69 @@ class Work:
             call.choices, call.block, call.choice_rows = blocks.index.shape[-1], blocks.size, blocks.rows
             call.limit_lo, call.limit_hi = self.chosen.lo.data_ptr(), self.chosen.hi.data_ptr()
             call.limit_per_batch = len(self.chosen.lo) > 1
+        if self.slots is not None and terms is not None:
+            call.terms, call.slot = Array.of(terms), self.slots.at.data_ptr()
+            call.slots, call.term_dim = self.slots.at.shape[1], self.slots.width
         return call
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, work: Work, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, terms: Tensor | None, work: Work, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """`(out (b, h, L, e), lse (b, h, L) float32 or None)`; the last dimension of q, k and v is contiguous."""
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32) if need_lse else None
-    native.run(work.call(q, k, v, out, lse), backward=False)
+    native.run(work.call(q, k, v, terms, out, lse), backward=False)
     return out, lse
 
 
 class Attend(torch.autograd.Function):
-    """The engine's two passes as one differentiable step; saves q, k, v, out and lse."""
+    """The engine's two passes as one differentiable step; saves q, k, v, terms, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-        out, lse = forward(q, k, v, work, need_lse=True)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, terms: Tensor | None, work: Work
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, k, v, terms, work, need_lse=True)
         assert lse is not None
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, terms, out, lse)
         ctx.work = work
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, terms, out, lse = ctx.saved_tensors
         grad, grad_lse = lined(grads[0]), grads[1].contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        dterms = None if terms is None else torch.empty_like(terms)
         delta = torch.empty_like(lse)
-        call = ctx.work.call(q, k, v, out, lse)
+        call = ctx.work.call(q, k, v, terms, out, lse)
         call.grad, call.dq, call.dk, call.dv = (Array.of(x) for x in (grad, dq, dk, dv))
+        if dterms is not None:
+            call.dterms = Array.of(dterms)
         call.delta, call.dlse = delta.data_ptr(), grad_lse.data_ptr()
         native.run(call, backward=True)
-        return dq, dk, dv, None
+        return dq, dk, dv, dterms, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, work: Work, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, work: Work, need_lse: bool, terms: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)`, differentiable where gradients are asked for."""
     q, k, v = lined(q), lined(k), lined(v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = Attend.apply(q, k, v, work)
+    given = [x for x in (q, k, v, terms) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        out, lse = Attend.apply(q, k, v, terms, work)
         return out, lse
-    return forward(q, k, v, work, need_lse)
+    return forward(q, k, v, terms, work, need_lse)
+
+
+def slots_of(m: Pairwise) -> Slots | None:
+    """Where the logits of a mechanism are products and what rows hold in slots of keys, those slots."""
+    if len(m.logits) != 1 or not m.static:
+        return None
+    found = m.logits[0].slots(m.pairs)
+    return found if found is not None and found.width <= LARGEST else None
 
 
 def positional(m: Pairwise, r: Request) -> Table | None:
@@ -137,7 +162,10 @@ class NativeKernel(Kernel):
             why.append("a mask of single pairs is not followed into tiles")
         if not isinstance(m, Pairwise):
             return why
-        why += [f"the logits part {p.name} is not followed into tiles" for p in m.logits]
+        if slots_of(m) is None:
+            why += [f"the logits part {p.name} is not followed into tiles" for p in m.logits]
+        elif r.ragged or r.decoding:
+            why.append(f"the terms of {m.logits[0].name} are for whole sequences of one length")
         if m.summary is not None:
             why.append("knows no summaries")
         if m.tiles is not None:
@@ -161,6 +189,8 @@ class NativeKernel(Kernel):
             return [f"pairs {m.pairs} have no short form"]
         if (r.ragged or r.decoding) and not _by_intervals(found):
             return [f"pairs {m.pairs} are tiles for whole sequences of one length"]
+        if m.logits and len(found) != 1:
+            return [f"the terms of {m.logits[0].name} are for one part, pairs {m.pairs} have {len(found)}"]
         return []
 
     def cost(self, m: Mechanism, r: Request) -> Cost:
@@ -172,14 +202,17 @@ class NativeKernel(Kernel):
         prepared = 0 if isinstance(m.score, Dot) else q
         padding = k + v if r.ragged else 0
         stat = s.batch * s.heads * s.length * 4 if r.lse else 0
-        peak = o + prepared + padding + stat + tables + self._scratch(found, r)
+        slots = slots_of(m)
+        held = 0 if slots is None else 4 * s.batch * s.heads * s.length * slots.width
+        peak = o + prepared + padding + stat + tables + 2 * held + self._scratch(found, r)
         if not r.grad:
             return Cost(flops, q + k + v + o, peak, 4)
         flops += 2 * area * (3 * s.head_dim + 2 * s.value_dim)
         even = r.item == 4 and s.head_dim % 16 == 0 and s.value_dim % 16 == 0
         sums = 0 if even else min(torch.get_num_threads(), s.batch * s.kv_heads) * (k + v) * 4 // r.item
         peak += (
-            q
+            2 * held
+            + q
             + k
             + v
             + 2 * s.batch * s.heads * s.length * 4
@@ -221,8 +254,9 @@ class NativeKernel(Kernel):
         else:
             program = Program.bind(m, c if chosen is None else replace(c, selection=chosen.blocks))
             c, q, k, v, scale = program.context, program.q, program.k, program.v, 1.0
-        work = Work(scale, parts, chosen)
-        return attend(q, k, v, work, r.lse)
+        slots = slots_of(m)
+        terms = None if slots is None else m.logits[0].terms(q.float(), c.params, m.pairs)
+        return attend(q, k, v, Work(scale, parts, chosen, slots), r.lse, terms)
 
     def _table(self, pairs: Pairs, c: Context) -> Table:
         rows, keys = c.q.shape[2], c.k.shape[2]

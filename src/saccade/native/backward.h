@@ -13,7 +13,7 @@ struct Backward {
     int64_t dim, value_dim, wide, value_wide;  // wide: padded
     float scale;
     float *q_turned, *g_turned, *q_rows, *g_rows;  // queries and output gradients, transposed and by row
-    float *s, *dp, *pairs, *keys, *values, *own, *level, *delta;
+    float *s, *dp, *pairs, *keys, *values, *own, *level, *delta, *terms, *dterms;
     uint16_t *p_half, *ds_half;
     const float *q_line[LANES], *g_line[LANES];
     float *dq[LANES];  // of the rows of the tile
@@ -34,6 +34,8 @@ struct Backward {
         own = cut.take(LANES * wide);
         level = cut.take(LANES);
         delta = cut.take(LANES);
+        terms = cut.take(c.term_dim * LANES);
+        dterms = cut.take(c.term_dim * LANES);
     }
 
     // Rows of one input of the tile: transposed for products over its dimension, and as lines for products over rows.
@@ -61,6 +63,7 @@ struct Backward {
     void load_rows(const Item &item, const Tile &t) {
         load(call.q, item, t, dim, q_turned, q_rows, q_line);
         load(call.grad, item, t, value_dim, g_turned, g_rows, g_line);
+        if (call.slots) load_terms(call, item, t, terms);
         for (int r = 0; r < t.lanes; ++r) {
             const bool there = r < t.rows;
             const int64_t at = there ? (item.batch * call.heads + t.head[r]) * call.rows + t.row[r] : 0;
@@ -72,6 +75,7 @@ struct Backward {
     void reset(const Tile &t) {
         for (int r = 0; r < t.rows; ++r) dq[r] = own + r * wide;
         memset(own, 0, (size_t)t.rows * wide * 4);
+        memset(dterms, 0, (size_t)call.term_dim * LANES * 4);
     }
 
     // Logits in s and weight gradients in dp to weights and logit gradients, in the forms that the products take.
@@ -84,6 +88,10 @@ struct Backward {
                 vf x = ::load(s + at) * scale - base;
                 if (c.bits) x = by_bits(c.bits[n] >> v, x, splat(NONE));
                 const vf p = exp2(x), ds = p * (::load(dp + at) - less);
+                for (int64_t a = 0; a < call.slots; ++a) {
+                    float *to = dterms + call.slot[c.key[n] * call.slots + a] * LANES + v;
+                    store(to, ::load(to) + ds);
+                }
                 if constexpr (Mode::pairs) {
                     store_half(p_half + at, narrow_bits(p));
                     store_half(ds_half + at, narrow_bits(ds));
@@ -123,6 +131,7 @@ struct Backward {
             }
         }
         product<Mode::pairs, false, 1>(c.n, t.lanes / VL, turned(q_turned, Mode::pairs ? dim / 2 : dim), a, b, to);
+        if (call.slots) add_terms(call, c, t.lanes, terms, s);
         for (int n = 0; n < c.n; ++n) {
             const T *v = at<T>(call.v, item.batch, owner, c.key[n]);
             a[n] = (const float *)(const void *)v;
@@ -156,6 +165,13 @@ struct Backward {
     void finish(const Item &item, int64_t head, int64_t row, const float *from) {
         row_from_float(from, call.scale, at_mutable<T>(call.dq, item.batch, head, row), dim);
     }
+
+    void finish_terms(const Item &item, const Tile &t) {
+        for (int r = 0; call.slots && r < t.rows; ++r) {
+            float *to = at_mutable<float>(call.dterms, item.batch, t.head[r], t.row[r]);
+            for (int64_t n = 0; n < call.term_dim; ++n) to[n] = dterms[n * LANES + r] * call.scale;
+        }
+    }
 };
 
 // Tiles first, first + step, ... of the heads of a key-value head; what they add to its keys and values goes to the item's sums.
@@ -178,6 +194,7 @@ int64_t backward_tiles(const saccade_call &call, const Item &item, float *scratc
                 f.absorb(item, t, c);
             });
             for (int r = 0; r < t.rows; ++r) f.finish(item, t.head[r], t.row[r], f.dq[r]);
+            f.finish_terms(item, t);
         }
     return computed;
 }

@@ -76,6 +76,11 @@ class Call(ctypes.Structure):
         ("limit_lo", ctypes.c_void_p),
         ("limit_hi", ctypes.c_void_p),
         ("limit_per_batch", ctypes.c_int64),
+        ("terms", Array),
+        ("dterms", Array),
+        ("slot", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
+        ("term_dim", ctypes.c_int64),
         ("pool", ctypes.c_void_p),
         ("computed", ctypes.c_int64),
     ]

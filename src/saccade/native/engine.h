@@ -43,6 +43,11 @@ struct saccade_call {
     int64_t choices, block, choice_rows;
     const int32_t *limit_lo, *limit_hi;  // (1 or batch, rows)
     int64_t limit_per_batch;
+    // What pairs add to their products before the scale: the sum over the columns of slot (keys, slots) of
+    // terms[row][slot of the key], float32 (batch, heads, rows, term_dim). Only where one part meets every row once.
+    struct saccade_array terms, dterms;
+    const int32_t *slot;
+    int64_t slots, term_dim;
     void *pool;        // GOMP_parallel of the OpenMP that PyTorch has loaded, or null
     int64_t computed;  // answered: pairs computed, padding of tiles included
 };

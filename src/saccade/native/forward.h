@@ -18,7 +18,7 @@ struct Forward {
     int64_t dim, value_dim, wide;  // wide: the value dimension, padded
     float scale;
     float *q_turned, *s, *pairs, *keys, *values, *own, *lines;
-    float *level, *sum, *shrink;
+    float *level, *sum, *shrink, *terms;
     float *o[LANES];  // output rows of the tile, not divided yet
 
     Forward(const saccade_call &c, Cutter &cut)
@@ -33,6 +33,7 @@ struct Forward {
         level = cut.take(LANES);
         sum = cut.take(LANES);
         shrink = cut.take(LANES);
+        terms = cut.take(c.term_dim * LANES);
     }
 
     // Whether rows must be copied before a product can read whole vectors of them.
@@ -49,6 +50,7 @@ struct Forward {
             }
         }
         turn(rows, t.lanes, Mode::pairs ? dim / 2 : dim, q_turned);
+        if (call.slots) load_terms(call, item, t, terms);
     }
 
     void clear() {
@@ -138,6 +140,7 @@ struct Forward {
         const int steps = (int)(Mode::pairs ? dim / 2 : dim);
         for (int d = 0; d < steps; ++d) b[d] = q_turned + d * LANES;
         product<Mode::pairs, false, 1>(c.n, t.lanes / VL, steps, a, b, to);
+        if (call.slots) add_terms(call, c, t.lanes, terms, s);
         if (soften(c, t.lanes))
             for (int r = 0; r < t.rows; ++r)
                 if (shrink[r] != 1.0f)

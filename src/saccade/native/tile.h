@@ -121,6 +121,25 @@ struct Chunk {
     int32_t key[KEYS];
 };
 
+// to[slot][lane]: the terms of the rows of a tile.
+inline void load_terms(const saccade_call &call, const Item &item, const Tile &t, float *to) {
+    const void *rows[LANES] = {};
+    for (int r = 0; r < t.rows; ++r) rows[r] = at<float>(call.terms, item.batch, t.head[r], t.row[r]);
+    turn(rows, t.lanes, call.term_dim, to);
+}
+
+// Adds to the products in s what the rows hold in the slots of each key.
+inline void add_terms(const saccade_call &call, const Chunk &c, int lanes, const float *terms, float *s) {
+    for (int n = 0; n < c.n; ++n) {
+        const int32_t *slot = call.slot + c.key[n] * call.slots;
+        for (int v = n * LANES; v < n * LANES + lanes; v += VL) {
+            vf x = load(s + v);
+            for (int64_t a = 0; a < call.slots; ++a) x += load(terms + (slot[a] - n) * LANES + v);
+            store(s + v, x);
+        }
+    }
+}
+
 // The rows of lanes that hold lo <= j < hi, for keys j0, j0 + 1, ...
 INLINE void interval_bits(const int32_t *lo, const int32_t *hi, int lanes, int32_t j0, int n, uint64_t *bits) {
     for (int i = 0; i < n; ++i) {

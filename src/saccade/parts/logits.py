@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +13,16 @@ from torch import Tensor
 from saccade.parts.base import Part, Sizes, Weight, arg
 
 if TYPE_CHECKING:
+    from saccade.parts.algebra import Pairs
     from saccade.parts.pair import Tile
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The pair (i, j) adds terms[i, at[j, 0]] + terms[i, at[j, 1]] + ... to its logit: `at` (keys, n), of `width` numbers a row."""
+
+    at: Tensor
+    width: int
 
 
 class Logits(Part):
@@ -29,6 +39,14 @@ class Logits(Part):
 
     def tile(self, s: Tensor, t: Tile) -> Tensor:
         """Logits (b, h, Q, K) in and out; with reach `halo` s is larger by it, zero where no pair exists."""
+        raise NotImplementedError
+
+    def slots(self, pairs: Pairs) -> Slots | None:
+        """Where this map adds to each logit numbers that its row holds in places that the key names; None elsewhere."""
+        return None
+
+    def terms(self, q: Tensor, params: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+        """Those numbers of prepared queries (b, h, L, d), (b, h, L, width)."""
         raise NotImplementedError
 
     def pair_flops(self) -> int:

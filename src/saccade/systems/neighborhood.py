@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from saccade.errors import MechanismError
 from saccade.mechanism import Mechanism, Pairwise, system
 from saccade.mechanism import mechanism as parse
+from saccade.parts.algebra import Pairs
 from saccade.parts.base import Sizes, Weight, arg
 from saccade.parts.grid import Axis, GridNeighborhood
-from saccade.parts.logits import Logits
+from saccade.parts.logits import Logits, Slots
 from saccade.parts.pair import Tile
 
 
@@ -85,6 +87,17 @@ class AxialTable(Logits):
     def row_flops(self, sizes: Sizes, keys: int) -> int:
         return 2 * self.axes * (2 * self.span + 1) * sizes.head_dim
 
+    def slots(self, pairs: Pairs) -> Slots | None:
+        if self.grid is None:
+            return None
+        at, near = _places(self, pairs)
+        return Slots(at, near.shape[1])
+
+    def terms(self, q: Tensor, params: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+        tables = torch.cat([params[f"rel_axis_{a}"] for a in range(self.axes)], 1).to(q.dtype)
+        every = q @ tables.transpose(-1, -2)
+        return every.gather(-1, _places(self, pairs)[1].expand(*q.shape[:2], -1, -1))
+
     def tile(self, s: Tensor, t: Tile) -> Tensor:
         q, rest = t.q.to(s.dtype), math.prod(self.grid or ())
         for a, size in enumerate(self.grid or ()):
@@ -93,6 +106,30 @@ class AxialTable(Logits):
             terms = q @ t.params[f"rel_axis_{a}"].to(s.dtype).transpose(-1, -2)
             s = s + terms.gather(-1, (offset.clamp(-self.span, self.span) + self.span).expand(s.shape))
         return s
+
+
+@functools.lru_cache(maxsize=32)
+def _places(part: AxialTable, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The slots of keys, (keys, axes) int32, and the row of all tables, one below the other, in each slot of a query.
+
+    What a query reads on an axis lies in a window of w coordinates, so the slot of a coordinate is its rest modulo w.
+    """
+    assert part.grid is not None
+    follows = isinstance(pairs, GridNeighborhood) and pairs.grid == part.grid
+    cells, rest, begin = torch.arange(math.prod(part.grid)), math.prod(part.grid), 0
+    at, near = [], []
+    for a, size in enumerate(part.grid):
+        rest //= size
+        own, first, width = cells // rest % size, torch.zeros_like(cells), size
+        axis = pairs.axes[a] if isinstance(pairs, GridNeighborhood) and follows else None
+        if axis is not None and axis.dilation == 1:
+            first, width = axis.bounds(own, size)[0], min(size, axis.window)
+        at.append(begin + own % width)
+        coordinate = first[:, None] + (torch.arange(width) - first[:, None]) % width
+        near.append((coordinate - own[:, None]).clamp(-part.span, part.span) + part.span)
+        near[-1] += a * (2 * part.span + 1)
+        begin += width
+    return torch.stack(at, 1).to(torch.int32), torch.cat(near, 1)
 
 
 @system("halonet", ref="S274")
