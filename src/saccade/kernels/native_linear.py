@@ -167,6 +167,8 @@ def _refusals(
         return (*why, "runs on a CPU alone")
     if engine:
         why.append(f"the native engine {engine}")
+    if m.ratio is not None and type(m.ratio) is not RowRatio:
+        why.append(f"divides by sums that are positive, not by {m.ratio.name}")
     if dtype not in (torch.float32, torch.bfloat16):
         why.append(f"for float32 and bfloat16, here is {str(dtype).removeprefix('torch.')}")
     if "ratio" in m.feature.needs or m.feature.buffer_names:
@@ -228,8 +230,6 @@ class NativeLinearKernel(Kernel):
             return why
         if r.masked:
             why.append("a state cannot follow a mask of single pairs; use key_lengths for padding")
-        if m.ratio is not None and type(m.ratio) is not RowRatio:
-            why.append(f"divides by sums that are positive, not by {m.ratio.name}")
         if r.lse and (m.ratio is None or not m.ratio.has_lse):
             why.append("has no row denominator, so no lse")
         if r.shifted and not r.decoding:

@@ -75,7 +75,9 @@ class StateKernel(Kernel):
             why.append("without an order a state is two matrix products; recurrent runs those")
         if r.masked:
             why.append("a state cannot follow a mask of single pairs; use key_lengths for padding")
-        if r.lse and not isinstance(m.ratio, RowRatio):
+        if m.ratio is not None and type(m.ratio) is not RowRatio:
+            why.append(f"divides by sums that are positive, not by {m.ratio.name}")
+        if r.lse and (m.ratio is None or not m.ratio.has_lse):
             why.append("has no row denominator, so no lse")
         if m.causal and r.shifted:
             why.append("a causal state needs as many queries as keys, or a state to go on from")
