@@ -44,7 +44,7 @@ def spot(Scratch, i, C: tl.constexpr, D: tl.constexpr):
 def prepare(
     Q, K, Log, Ends, A, QD, KD, Keep, Fall, Scratch, q0, q1, q2, k0, k1, k2, l0, l1, l2, n0,
     heads, groups, rows, chunks, total, programs,
-    C: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A (b heads, chunks, C, C), the decayed products of q and k; QD and KD, q decayed from the start and k to the end of the chunk.
 
@@ -75,7 +75,7 @@ def prepare(
                 tl.store(Fall + where, fall, mask=d < DIM)
                 tl.store(Keep + where, tl.exp(fall), mask=d < DIM)
             own += tl.sum(q.to(WIDE) * k.to(WIDE), 1)
-            for step in tl.range(0, STEPS, num_stages=1, loop_unroll_factor=UNROLL):
+            for step in tl.range(0, STEPS, num_stages=1):
                 late, middle, pair = halves(1 << step, C)
                 share = tl.exp(-tl.abs(G - tl.load(spot(Scratch, middle, C, D))))
                 x = (tl.where(late[:, None], q, k) * share).to(q.dtype)
@@ -89,7 +89,7 @@ def prepare(
 def finish(
     Q, K, V, Grad, Extra, Log, Ends, DQ, DK, Fell, Sum, Scratch,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, o0, o1, o2, l0, l1, l2, n0, heads, groups, rows, chunks, total, programs,
-    C: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
+    C: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, E: tl.constexpr, EDIM: tl.constexpr,
     RATIO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Complete DQ and DK (b heads, rows, DIM), which hold what comes through states, in place.
@@ -126,7 +126,7 @@ def finish(
             dk = tile(DK, b, h, first, col, h0, rows * DIM, DIM, rows, C, D, DIM).to(WIDE)
             dq = dq * tl.exp(G) + own[:, None] * k
             dk = dk * tl.exp(tl.sum(log, 0)[None, :] - G) + own[:, None] * q
-            for step in tl.range(0, STEPS, num_stages=1, loop_unroll_factor=UNROLL):
+            for step in tl.range(0, STEPS, num_stages=1):
                 late, middle, pair = halves(1 << step, C)
                 share = tl.exp(-tl.abs(G - tl.load(spot(Scratch, middle, C, D))))
                 x = (tl.where(late[:, None], q, k) * share).to(q.dtype)

@@ -52,7 +52,6 @@ TABLE = {
     "chunks": Launch(64, 64, 4, 1),
 }
 PROGRAMS = 528  # that take chunks in turn
-UNROLL = 1
 
 
 def launch(kind: str, x: Tensor) -> Launch:
@@ -146,7 +145,7 @@ def prepared(x: Inputs) -> Chunks:
     channel_triton.prepare[(programs,)](
         x.q, x.k, x.log, x.ends, found.a, found.q, found.k, found.keep, found.fall, scratch,
         *strides(x.q, x.k), *log_strides(x.log), x.steps[0], h, g, n, chunks, total, programs,
-        C=run.rows, STEPS=run.rows.bit_length() - 1, UNROLL=UNROLL, D=columns, DIM=m, WIDE=sparse_run.wide(x.q), **run.options,
+        C=run.rows, STEPS=run.rows.bit_length() - 1, D=columns, DIM=m, WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
     return found
 
@@ -409,7 +408,7 @@ def _finished(
     channel_triton.finish[(programs,)](
         x.q, x.k, x.v, grad, extra, x.log, x.ends, dq, dk, fell, sums, scratch, *strides(x.q, x.k, x.v, grad),
         *log_strides(x.log), x.steps[0], h, g, n, chunks, total, programs,
-        C=run.rows, STEPS=run.rows.bit_length() - 1, UNROLL=UNROLL, D=columns, DIM=m, E=padded(e), EDIM=e, RATIO=form.ratio,
+        C=run.rows, STEPS=run.rows.bit_length() - 1, D=columns, DIM=m, E=padded(e), EDIM=e, RATIO=form.ratio,
         WIDE=sparse_run.wide(x.q), **run.options,
     )  # fmt: skip
     fell, sums = _by_group(fell, g), _by_group(sums, g).transpose(2, 3).contiguous()
