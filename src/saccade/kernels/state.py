@@ -89,6 +89,10 @@ class StateKernel(Kernel):
         if size > LARGEST:
             why.append(f"features and values have at most {LARGEST} channels, here {size}")
         overwrites = m.write is not None and m.write.overwrites
+        if overwrites and r.item < 4 and r.device == "cuda":
+            why.append(
+                "tokens that overwrite are solved in float32; half precision is not exact enough here yet"
+            )
         if overwrites and m.decay is not None and m.decay.channels:
             why.append("tokens that overwrite meet one decay a token, not one a channel")
         return why
