@@ -17,6 +17,7 @@ from saccade.nn.head_scale import choose_head_scale, head_scales, tune_head_scal
 from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.mega import Mega, MegaState
+from saccade.nn.memory import MemoryState, NeuralMemory, NeuralMemoryState, neural_memory
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.multi_source import MultiSourceAttention
@@ -34,6 +35,7 @@ from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
+from saccade.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer, PersistentAttention, TitansState
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
@@ -68,15 +70,22 @@ __all__ = [
     "MaskedDiffusion",
     "Mega",
     "MegaState",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "MemoryState",
     "MoSA",
     "MoSAState",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
     "MultiSourceAttention",
+    "NeuralMemory",
+    "NeuralMemoryState",
     "PPFAttention",
     "PairBlock",
     "PathAttention",
     "PathState",
+    "PersistentAttention",
     "PervasiveAttention",
     "PointBridge",
     "PointMatcher",
@@ -99,6 +108,7 @@ __all__ = [
     "SuperAttention",
     "SuperlinearAttention",
     "SuperlinearState",
+    "TitansState",
     "Transformer",
     "UpDownMask",
     "VariationalAttention",
@@ -109,6 +119,7 @@ __all__ = [
     "convert",
     "head_scales",
     "key_points",
+    "neural_memory",
     "path_attention",
     "route_flips",
     "skimming_mask",
