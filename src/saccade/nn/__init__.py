@@ -33,6 +33,13 @@ from saccade.nn.relational import DualAttention, RelationalAttention
 from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNetwork, UpDownMask
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
+from saccade.nn.stack import (
+    PushdownAttention,
+    PushdownState,
+    StackAttention,
+    pushdown_stack,
+    superposition_stack,
+)
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
 from saccade.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer, PersistentAttention, TitansState
@@ -92,6 +99,8 @@ __all__ = [
     "PointerNetwork",
     "PositionalAttention",
     "PositionalBlock",
+    "PushdownAttention",
+    "PushdownState",
     "Readout",
     "RegionRouting",
     "RelationalAttention",
@@ -105,6 +114,7 @@ __all__ = [
     "SpanConvAttention",
     "SparseExperts",
     "SpatialGate",
+    "StackAttention",
     "SuperAttention",
     "SuperlinearAttention",
     "SuperlinearState",
@@ -121,8 +131,10 @@ __all__ = [
     "key_points",
     "neural_memory",
     "path_attention",
+    "pushdown_stack",
     "route_flips",
     "skimming_mask",
     "superlinear_attention",
+    "superposition_stack",
     "tune_head_scales",
 ]
