@@ -25,6 +25,7 @@ from saccade.nn.labels import LabelAttention
 from saccade.nn.lexicon import LexiconAttention
 from saccade.nn.linearized import LinearizedAttention, LinearizedTransformer
 from saccade.nn.mega import Mega, MegaState
+from saccade.nn.memory import MemoryState, NeuralMemory, NeuralMemoryState, neural_memory
 from saccade.nn.monotonic import MonotonicLocation, MonotonicSeq2Seq
 from saccade.nn.mosa import MoSA, MoSAState
 from saccade.nn.multi_source import MultiSourceAttention
@@ -42,8 +43,16 @@ from saccade.nn.residual_attention import ResidualAttention, ResidualAttentionNe
 from saccade.nn.sets import ISAB, MAB, PMA, SAB, SetTransformer
 from saccade.nn.skim import SkimAttention, Skimformer, skimming_mask
 from saccade.nn.slot_memory import SlotMemoryAttention, SlotState
+from saccade.nn.stack import (
+    PushdownAttention,
+    PushdownState,
+    StackAttention,
+    pushdown_stack,
+    superposition_stack,
+)
 from saccade.nn.super_attention import SuperAttention
 from saccade.nn.superlinear import SuperlinearAttention, SuperlinearState, superlinear_attention
+from saccade.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer, PersistentAttention, TitansState
 from saccade.nn.transformer import Encoder, EncoderDecoder, Transformer
 from saccade.nn.variational import Readout, VariationalAttention
 
@@ -92,15 +101,22 @@ __all__ = [
     "MaskedDiffusion",
     "Mega",
     "MegaState",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "MemoryState",
     "MoSA",
     "MoSAState",
     "MonotonicLocation",
     "MonotonicSeq2Seq",
     "MultiSourceAttention",
+    "NeuralMemory",
+    "NeuralMemoryState",
     "PPFAttention",
     "PairBlock",
     "PathAttention",
     "PathState",
+    "PersistentAttention",
     "PervasiveAttention",
     "PointBridge",
     "PointMatcher",
@@ -108,6 +124,8 @@ __all__ = [
     "PositionalAttention",
     "PositionalBlock",
     "PrototypeAttention",
+    "PushdownAttention",
+    "PushdownState",
     "Readout",
     "RegionRouting",
     "RelationalAttention",
@@ -125,9 +143,11 @@ __all__ = [
     "SpanConvAttention",
     "SparseExperts",
     "SpatialGate",
+    "StackAttention",
     "SuperAttention",
     "SuperlinearAttention",
     "SuperlinearState",
+    "TitansState",
     "Transformer",
     "UpDownMask",
     "VariationalAttention",
@@ -142,10 +162,13 @@ __all__ = [
     "head_scales",
     "key_points",
     "linearize",
+    "neural_memory",
     "path_attention",
     "prototypes",
+    "pushdown_stack",
     "route_flips",
     "skimming_mask",
     "superlinear_attention",
+    "superposition_stack",
     "tune_head_scales",
 ]
