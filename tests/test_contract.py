@@ -60,6 +60,8 @@ PLAIN = [
     "window(12) + out_norm + out_gate",
     "linear",
     "causal + linear",
+    "cosformer(4096)",
+    "causal + cosformer(4096) + gqa(2)",
     "causal + linear + out_norm",
     "causal + identity + fixed_decay",
     "retention",

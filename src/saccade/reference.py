@@ -151,6 +151,7 @@ def recurrent_weights(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     """w_ij = phi(q_i).phi(k_j) decayed from j to i, divided as the ratio says, and the log-denominator or None."""
     phi_q, scale_q = m.feature.map(c.q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(c.k, "k", c.valid, c.buffers)
+    phi_q, phi_k = m.feature.place(phi_q, c.i), m.feature.place(phi_k, c.j)
     if c.valid is not None:
         phi_k = phi_k.masked_fill(~c.valid[:, None, :, None], 0)
     repeat = c.q.shape[1] // c.k.shape[1]

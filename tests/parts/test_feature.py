@@ -10,6 +10,7 @@ import torch
 import saccade as sc
 from saccade.parts.base import Sizes
 from saccade.parts.feature import (
+    CosineFeature,
     Elu1,
     Favor,
     Identity,
@@ -27,6 +28,38 @@ def test_identity_and_elu() -> None:
     assert scale is None
     for got, value in zip(phi.flatten().tolist(), x.flatten().tolist(), strict=True):
         assert got == pytest.approx(value + 1 if value > 0 else math.exp(value), abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["cosformer(12)", "causal + cosformer(12)"])
+def test_cosine_weighs_near_keys(text: str) -> None:
+    q, k, v = torch.randn(3, 1, 1, 9, 3, dtype=torch.float64)
+    found = sc.attend(q, k, v, text)
+    for i in range(9):
+        w = [
+            sum(max(a, 0.0) * max(b, 0.0) for a, b in zip(q[0, 0, i].tolist(), key, strict=True))
+            * math.cos(math.pi / 2 * (i - j) / 12)
+            for j, key in enumerate(k[0, 0].tolist())
+        ]
+        w = w[: i + 1] if "causal" in text else w
+        total = sum(w)
+        want = sum(x * row for x, row in zip(w, v[0, 0], strict=False))
+        torch.testing.assert_close(found[0, 0, i], want / total if total else 0 * v[0, 0, 0])
+
+
+def test_cosine_goes_on_from_a_state_and_ends_at_its_length() -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 4, dtype=torch.float64)
+    text = "causal + cosformer(20)"
+    whole, state, steps = sc.attend(q, k, v, text), sc.init_state(text, 1, 2, 4, dtype=torch.float64), []
+    for piece in zip(*(x.split([7, 1, 1, 11], 2) for x in (q, k, v)), strict=True):
+        made = sc.attend(*piece, text, state=state, need=("state",))
+        assert made.state is not None
+        state = made.state
+        steps.append(made.out)
+    torch.testing.assert_close(torch.cat(steps, 2), whole)
+    with pytest.raises(sc.NotSupported, match="at most 20 tokens"):
+        sc.attend(q[:, :, :1], k[:, :, :1], v[:, :, :1], text, state=state)
+    with pytest.raises(ValueError, match="nodes have no order"):
+        sc.nn.LinearVirtualNode(8, heads=2, feature=CosineFeature(4))
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])

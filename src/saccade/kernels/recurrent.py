@@ -52,6 +52,7 @@ def bidirectional(m: Recurrent, c: Context) -> tuple[Tensor, Tensor | None]:
     g, h = k.shape[1], q.shape[1]
     phi_q, scale_q = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale_k = m.feature.map(k, "k", c.valid, c.buffers)
+    phi_q, phi_k = m.feature.place(phi_q, c.i), m.feature.place(phi_k, c.j)
     if m.write is not None:
         phi_k = phi_k * m.write.gain(c).unsqueeze(-1)
     if c.valid is not None:
@@ -105,6 +106,7 @@ def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tenso
         fq, scale_q = m.feature.map(_wide(q), "q", None, c.buffers)
         fk, scale_k = m.feature.map(_wide(k), "k", valid, c.buffers)
         at = slice(n * chunk, (n + 1) * chunk)
+        fq, fk = (m.feature.place(x, c.j[:, at]) for x in (fq, fk))
         log = decay if decay is None or decay.shape[2] == 1 else decay[:, :, at]
         strength = None if gain is None else gain[:, :, at]
         if valid is not None:
@@ -219,6 +221,7 @@ def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
     g, e = k.shape[1], v.shape[-1]
     phi_q, _ = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale = m.feature.map(k, "k", None, c.buffers)
+    phi_q, phi_k = (m.feature.place(x, c.j) for x in (phi_q, phi_k))
     log = v.new_zeros(1, g, 1) if m.decay is None else m.decay.log(c)[:, :, 0].to(v.dtype)
     gain = None if m.write is None else m.write.gain(c)[:, :, 0].to(v.dtype)
     fk, value, level = phi_k[:, :, 0], v[:, :, 0], carry.m

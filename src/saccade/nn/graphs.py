@@ -131,6 +131,10 @@ class LinearVirtualNode(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} is not divisible by heads={heads}")
+        if type(feature).place is not Feature.place:
+            raise ValueError(
+                f"{feature.name} asks where a token stands, and nodes have no order; use elu1 or favor"
+            )
         self.heads, self.feature = heads, feature
         self.query_proj, self.key_proj, self.value_proj, self.out_proj = (
             nn.Linear(dim, dim, bias=False) for _ in range(4)

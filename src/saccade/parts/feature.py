@@ -6,6 +6,7 @@ exponential features finite at any input, and cancels exactly in a ratio.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,10 @@ class Feature(Part):
     def flops(self, head_dim: int) -> int:
         """Matrix FLOPs of mapping one head vector."""
         return 0
+
+    def place(self, phi: Tensor, positions: Tensor) -> Tensor:
+        """phi (b, heads, n, m) of tokens at `positions` (b or 1, n); as it is unless the map knows positions."""
+        return phi
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,38 @@ class ReluFeature(Feature):
         self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         return torch.relu(x) ** self.power, None
+
+
+@dataclass(frozen=True)
+class CosineFeature(Feature):
+    """phi(q_i).phi(k_j) = relu(q_i).relu(k_j) cos(pi (i - j) / (2 length)): near keys weigh more; at most `length` tokens.
+
+    (Qin et al., cosFormer: Rethinking Softmax in Attention, 2022.)
+    """
+
+    length: int = arg(1024, at_least=1)
+
+    name = "cosine_feature"
+    gives = frozenset({"denominator", "positive"})
+
+    def map(
+        self, x: Tensor, side: Literal["q", "k"], valid: Tensor | None, buffers: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        return torch.cat((torch.relu(x), torch.zeros_like(x)), -1), None
+
+    def place(self, phi: Tensor, positions: Tensor) -> Tensor:
+        if positions.numel() and int(positions.max()) >= self.length:
+            raise NotSupported(
+                f"cosine_feature({self.length}) reads at most {self.length} tokens, beyond which weights are negative, got a "
+                f"token at place {int(positions.max()) + 1}; give it a greater length"
+            )
+        angle = (positions * (math.pi / 2 / self.length)).to(phi.dtype)[:, None, :, None]
+        x, y = phi.chunk(2, -1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((x * cos - y * sin, x * sin + y * cos), -1)
+
+    def size(self, head_dim: int) -> int:
+        return 2 * head_dim
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from saccade.errors import MechanismError
 from saccade.mechanism import Pairwise, Recurrent, system
 from saccade.parts.base import register
 from saccade.parts.decay import ChannelDecay, FixedDecay, StepDecay
-from saccade.parts.feature import Elu1, Favor, LengthScaled, SoftmaxFeature, Taylor
+from saccade.parts.feature import CosineFeature, Elu1, Favor, LengthScaled, SoftmaxFeature, Taylor
 from saccade.parts.mask import Causal
 from saccade.parts.memory import ChannelRatio, RowRatio, SignedRatio
 from saccade.parts.output import OutNorm
@@ -18,6 +18,11 @@ from saccade.parts.write import Delta, StepWrite
 def linear() -> Recurrent:
     """phi(x) = elu(x) + 1, normalised by row (Katharopoulos et al., Transformers are RNNs, 2020)."""
     return Recurrent(feature=Elu1(), ratio=RowRatio())
+
+
+def cosformer(length: int = 1024) -> Recurrent:
+    """relu(q).relu(k) cos(pi (i - j) / (2 length)), normalised by row, for at most `length` tokens (Qin et al., cosFormer, 2022)."""
+    return Recurrent(feature=CosineFeature(length), ratio=RowRatio())
 
 
 def retention(first: float = 5.0) -> Recurrent:
@@ -45,7 +50,7 @@ def mamba2() -> Recurrent:
     return Recurrent(pairs=Causal(), decay=StepDecay(), write=StepWrite(), output=(OutNorm(),))
 
 
-for maker in (linear, retention, gla, delta_net, gated_delta_net, mamba2):
+for maker in (linear, cosformer, retention, gla, delta_net, gated_delta_net, mamba2):
     register(maker.__name__, maker)
 
 
