@@ -8,25 +8,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saccade.cache.policy import Phases, Policy, Sight
+from saccade.cache.bases import Bases
+from saccade.cache.packed import PackedSegments
+from saccade.cache.policy import Format, Full, Phases, Rule, Sight, Stored
 from saccade.cache.segments import Segments, joined
 from saccade.plan import attend
 
 SLAB = 128
 
+Padded = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class LayerCache:
     """Keys and values of one layer: those that the policy kept, and all tokens since, the same for every head.
+
+    Of the kept ones a format packs the older, `packed`; `kept` are plain.
 
     `append` adds tokens, `attend` reads with their queries, `compress` lets the policy choose again. After a text of more
     than one token the caller compresses; in decoding `due` says when `every` tokens have come.
     """
 
-    def __init__(self, policy: Policy | Phases, layer: int = 0, layers: int = 1, every: int = 64) -> None:
+    def __init__(self, policy: Rule | Format, layer: int = 0, layers: int = 1, every: int = 64) -> None:
         if every < 1:
             raise ValueError(f"every is the tokens between two choices in decoding, at least 1, got {every}")
-        self.policy, self.layer, self.layers, self.every = policy, layer, layers, every
+        rule = Stored(Full(), policy) if isinstance(policy, Format) else policy
+        self.policy = rule.choice if isinstance(rule, Stored) else rule
+        self.format = rule.format if isinstance(rule, Stored) else None
+        self.layer, self.layers, self.every = layer, layers, every
         self.length = 0
+        self.packed: PackedSegments | None = None
+        self.bases: Bases | None = None
         self.kept: Segments | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -39,9 +50,8 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes of all tensors that are held."""
         held = [x for x in (self.keys, self.values, self.there, self.mass) if x is not None]
-        return sum(x.numel() * x.element_size() for x in held) + (
-            0 if self.kept is None else self.kept.nbytes
-        )
+        stores = [x.nbytes for x in (self.packed, self.kept) if x is not None]
+        return sum(x.numel() * x.element_size() for x in held) + sum(stores)
 
     @property
     def recent(self) -> int:
@@ -53,7 +63,8 @@ class LayerCache:
         """Keys of each row, samples one after the other, head by head."""
         if self.kept is None:
             return () if self.keys is None else (self.recent,) * (self.keys.shape[0] * self.keys.shape[1])
-        return tuple(n + self.recent for n in self.kept.counts)
+        packed = (0,) * len(self.kept.counts) if self.packed is None else self.packed.counts
+        return tuple(m + n + self.recent for m, n in zip(packed, self.kept.counts, strict=True))
 
     @property
     def batch(self) -> int:
@@ -91,11 +102,14 @@ class LayerCache:
         assert self.values is not None
         near = attend(q, self.keys, self.values, "causal", need=("out", "lse"))
         assert near.lse is not None
-        far = None if self.kept is None else self.kept.read(q)
-        return joined([far, (near.out, near.lse)])
+        far = [None if x is None else x.read(q) for x in (self.packed, self.kept)]
+        return joined([*far, (near.out, near.lse)])
 
-    def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All keys and values (b, g, n, .), their positions and which places hold one (b, g, n): kept ones first."""
+    def _held(self, *, packed: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All keys and values (b, g, n, .), their positions and which places hold one (b, g, n): kept ones first.
+
+        With `packed` False those that are packed are left out.
+        """
         assert self.keys is not None
         assert self.values is not None
         b, g, n = self.keys.shape[:3]
@@ -106,9 +120,12 @@ class LayerCache:
         there = there[:, None].expand(b, g, n)
         if self.kept is None:
             return self.keys, self.values, positions, there
-        old = [x.unflatten(0, (b, g)) for x in self.kept.padded()]
+        old = self.kept.padded()
+        if packed and self.packed is not None:
+            old = _ordered(self.packed.padded(), old)
+        rows = [x.unflatten(0, (b, g)) for x in old]
         new = (self.keys, self.values, positions, there)
-        k, v, p, t = (torch.cat(x, 2) for x in zip(old, new, strict=True))
+        k, v, p, t = (torch.cat(x, 2) for x in zip(rows, new, strict=True))
         return k, v, p, t
 
     @torch.no_grad()
@@ -140,12 +157,19 @@ class LayerCache:
         policy = self.policy
         if isinstance(policy, Phases):
             policy = policy.prefill if q.shape[2] > 1 or self.kept is None else policy.decode
-        k, v, positions, there = self._held()
+        whole = isinstance(policy, Full) and self.mass is None  # what is packed stays as it is
+        k, v, positions, there = self._held(packed=not whole)
         sight = Sight(k, v, positions, there, q, self.length, self.layer, self.layers, self.mass)
         keep = policy.chosen(sight)
-        self.kept = Segments.kept(k, v, positions, keep)
+        if self.format is None:
+            self.kept = Segments.kept(k, v, positions, keep)
+        else:
+            if self.bases is None:
+                self.bases = self.format.bases(sight)
+            more, self.kept = self.format.store(k, v, positions, keep, self.bases)
+            self.packed = self.packed.joined(more) if whole and self.packed is not None else more
         if self.mass is not None:
-            self.mass = _packed(self.mass, keep, max(self.kept.counts, default=0))
+            self.mass = _left(self.mass, keep, int(keep.sum(-1).amax()))
         b, g, _, d = self.keys.shape
         self.keys, self.values = k.new_empty(b, g, 0, d), v.new_empty(b, g, 0, v.shape[-1])
         self.there = None
@@ -157,14 +181,25 @@ class LayerCache:
             return
         g = self.keys.shape[1]
         if self.kept is not None:
-            self.kept = self.kept.select([r * g + head for r in rows for head in range(g)])
+            heads = [r * g + head for r in rows for head in range(g)]
+            self.kept = self.kept.select(heads)
+            self.packed = None if self.packed is None else self.packed.select(heads)
         index = torch.tensor(rows, device=self.keys.device)
         self.keys, self.values = self.keys[index], self.values[index]
         self.there = None if self.there is None else self.there[index]
         self.mass = None if self.mass is None else self.mass[index]
 
 
-def _packed(x: Tensor, keep: Tensor, width: int) -> Tensor:
+def _ordered(a: Padded, b: Padded) -> Padded:
+    """Keys, values, positions and places (R, n, ...) of both, each row in the order of the text, the longest without gaps."""
+    k, v, positions, there = (torch.cat(x, 1) for x in zip(a, b, strict=True))
+    order = positions.masked_fill(~there, torch.iinfo(torch.long).max).argsort(1)
+    order = order[:, : int(there.sum(1).amax())]
+    k, v = (x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
+    return k, v, positions.gather(1, order), there.gather(1, order)
+
+
+def _left(x: Tensor, keep: Tensor, width: int) -> Tensor:
     """x (b, g, n) where `keep` is True, each row pushed to the left, (b, g, width)."""
     order = keep.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
     return x.gather(-1, order)

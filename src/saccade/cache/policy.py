@@ -16,9 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from saccade.cache.bases import Bases
+from saccade.cache.packed import PackedSegments
+from saccade.cache.segments import Segments
 from saccade.errors import MechanismError
 
 POLICIES: dict[str, Callable[..., Policy]] = {}
+FORMATS: dict[str, Callable[..., Format]] = {}
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,28 @@ class Policy:
     def __or__(self, other: Policy) -> Phases:
         return Phases(self, other)
 
+    def __add__(self, other: Format) -> Stored:
+        return Stored(self, other)
+
     def __str__(self) -> str:
-        given = ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        )
-        return f"{self.name}({given})" if given else self.name
+        return _written(self)
+
+
+@dataclass(frozen=True, init=False)
+class Full(Policy):
+    """All keys."""
+
+    keep: float | int = 1.0
+    sink: int = 0
+    recent: int = 0
+
+    name = "full"
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 0, 0)
+
+    def chosen(self, sight: Sight) -> Tensor:
+        return sight.there
 
 
 @dataclass(frozen=True)
@@ -134,37 +153,115 @@ class Phases:
     prefill: Policy
     decode: Policy
 
+    def __add__(self, other: Format) -> Stored:
+        return Stored(self, other)
+
     def __str__(self) -> str:
         return f"{self.prefill} | {self.decode}"
 
 
-def policy(text: str | Policy | Phases) -> Policy | Phases:
-    """A policy from its text, such as "snapkv(keep=0.25)" or "snapkv(keep=512) | streaming_llm(keep=512)".
+@dataclass(frozen=True)
+class Format:
+    """How the keys that a policy keeps are stored. A value like a policy, and joined to one by +."""
 
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            FORMATS[cls.name] = cls
+
+    def bases(self, sight: Sight) -> Bases | None:
+        """What a layer's keys and values are turned by before they are packed; asked once, when it first packs."""
+        return None
+
+    def store(
+        self, k: Tensor, v: Tensor, positions: Tensor, keep: Tensor, bases: Bases | None
+    ) -> tuple[PackedSegments, Segments]:
+        """The keys of k (b, g, n, d), v (b, g, n, e), positions (b, g, n) where `keep` (b, g, n): packed ones, and others."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return _written(self)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `choice` keeps, stored as `format` says."""
+
+    choice: Policy | Phases
+    format: Format
+
+    def __str__(self) -> str:
+        if isinstance(self.choice, Full):
+            return str(self.format)
+        return (
+            f"({self.choice}) + {self.format}"
+            if isinstance(self.choice, Phases)
+            else f"{self.choice} + {self.format}"
+        )
+
+
+def _written(value: Policy | Format) -> str:
+    given = ", ".join(
+        f"{f.name}={getattr(value, f.name)!r}"
+        for f in dataclasses.fields(value)
+        if f.repr and getattr(value, f.name) != f.default
+    )
+    return f"{value.name}({given})" if given else value.name
+
+
+Rule = Policy | Phases | Stored
+"""What `policy` makes of a text."""
+
+
+def policy(text: str | Rule | Format) -> Rule:
+    """A policy from its text: "snapkv(keep=0.25)", "snapkv(keep=512) | tova(keep=512)", "snapkv(keep=0.25) + kivi(bits=4)".
+
+    `a | b` reads texts by a and decodes by b; `a + f` stores what a keeps in the format f, and f alone stores all keys.
     Raises MechanismError for unknown names and arguments.
     """
+    if isinstance(text, Format):
+        return Stored(Full(), text)
     if not isinstance(text, str):
         return text
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise MechanismError(f"{text!r} is no policy: {error.msg}; write name(argument=value)") from None
-    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
-        return Phases(_one(tree.left, text), _one(tree.right, text))
-    return _one(tree, text)
+    found = _made(tree, text)
+    return Stored(Full(), found) if isinstance(found, Format) else found
 
 
-def _one(node: ast.expr, text: str) -> Policy:
+def _made(node: ast.expr, text: str) -> Rule | Format:
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.BitOr | ast.Add):
+        return _one(node, text)
+    left, right = _made(node.left, text), _made(node.right, text)
+    if isinstance(node.op, ast.BitOr):
+        if isinstance(left, Policy) and isinstance(right, Policy):
+            return Phases(left, right)
+        raise MechanismError(
+            f"{text!r}: | joins two policies, one for texts and one for decoding; a format belongs to both: (a | b) + format"
+        )
+    if isinstance(left, Policy | Phases) and isinstance(right, Format):
+        return Stored(left, right)
+    raise MechanismError(
+        f"{text!r}: + joins a policy and the format that stores what it keeps ({', '.join(sorted(FORMATS))})"
+    )
+
+
+def _one(node: ast.expr, text: str) -> Policy | Format:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
-        raise MechanismError(f"{text!r} is no policy: write name(argument=value), or two joined by |")
+        raise MechanismError(f"{text!r} is no policy: write name(argument=value), or two joined by | or +")
     name = call.func.id
-    if name not in POLICIES:
-        raise MechanismError(f"no policy is called {name!r}; there are {', '.join(sorted(POLICIES))}")
+    known = POLICIES | FORMATS
+    if name not in known:
+        raise MechanismError(f"no policy is called {name!r}; there are {', '.join(sorted(known))}")
     try:
         given = [ast.literal_eval(a) for a in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
-        return POLICIES[name](*given, **named)
+        return known[name](*given, **named)
     except MechanismError:
         raise
     except (TypeError, ValueError) as error:

@@ -6,6 +6,15 @@ except ImportError:
     raise ImportError("saccade.hf runs models of transformers: pip install saccade[hf]") from None
 
 from saccade.hf.attach import Attachment, attach, attention_layers, detach
-from saccade.hf.compress import BudgetCache, Compression, compress
+from saccade.hf.compress import BudgetCache, Compression, calibrate, compress
 
-__all__ = ["Attachment", "BudgetCache", "Compression", "attach", "attention_layers", "compress", "detach"]
+__all__ = [
+    "Attachment",
+    "BudgetCache",
+    "Compression",
+    "attach",
+    "attention_layers",
+    "calibrate",
+    "compress",
+    "detach",
+]

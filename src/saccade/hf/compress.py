@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from saccade.cache import LayerCache, Phases, Policy
+from saccade.cache import Format, LayerCache, Oscar
 from saccade.cache import policy as parse
+from saccade.cache.policy import Rule
 from saccade.errors import NotSupported
 from saccade.hf.attach import attention_layers, crosses
 from saccade.hf.attention import scaled
@@ -100,7 +101,7 @@ class Compression:
     """A policy in force; `remove()` or the end of a `with` block lifts it. `cache` is the cache of the latest text."""
 
     model: Any
-    policy: Policy | Phases
+    policy: Rule
     layers: int
     every: int
     before: str
@@ -144,7 +145,7 @@ class Compression:
         return args, kwargs
 
 
-def compress(model: Any, policy: str | Policy | Phases, *, every: int = 64) -> Compression:
+def compress(model: Any, policy: str | Rule | Format, *, every: int = 64) -> Compression:
     """Give the key-value cache of a model a budget: after each text that is read, and after every `every` new tokens, the
     policy says what each layer keeps.
 
@@ -181,6 +182,26 @@ def compress(model: Any, policy: str | Policy | Phases, *, every: int = 64) -> C
     held.hook = model.register_forward_pre_hook(held._swap, with_kwargs=True)
     model.set_attn_implementation(NAME)
     return held
+
+
+def calibrate(
+    model: Any, tokens: Tensor, rule: Oscar | None = None, attention_mask: Tensor | None = None
+) -> Oscar:
+    """`rule` with the bases of every layer, found from texts (b, n) that a model reads: what OSCAR calls offline.
+
+    rule = saccade.hf.calibrate(model, tokens)
+    with saccade.hf.compress(model, rule):
+        model.generate(...)
+    """
+    rule = Oscar() if rule is None else replace(rule, offline=None)
+    with torch.no_grad(), compress(model, rule) as held:
+        cache = held.new_cache()
+        model(tokens, attention_mask=attention_mask, past_key_values=cache)
+        found = [layer.store.bases for layer in cache.layers]
+    bases = tuple(b for b in found if b is not None)
+    if not bases:
+        raise ValueError(f"{rule} turns nothing, so there is nothing to find; use rotation='spectral'")
+    return replace(rule, offline=bases)
 
 
 @torch.compiler.disable
