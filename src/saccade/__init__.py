@@ -23,7 +23,7 @@ from saccade.plan import (
 )
 
 if TYPE_CHECKING:
-    from saccade import insight, nn, testing
+    from saccade import cache, insight, nn, testing
     from saccade.insight import draw
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "Weights",
     "attend",
     "attend_ragged",
+    "cache",
     "causal",
     "draw",
     "init_state",
@@ -63,8 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Layers, pictures and the contract are imported when they are first asked for."""
-    if name in ("insight", "nn", "testing"):
+    """Layers, caches, pictures and the contract are imported when they are first asked for."""
+    if name in ("cache", "insight", "nn", "testing"):
         return importlib.import_module(f"saccade.{name}")
     if name == "draw":
         return importlib.import_module("saccade.insight").draw

@@ -2,7 +2,21 @@
 
 from saccade.cache import evict
 from saccade.cache.layer import LayerCache
+from saccade.cache.moments import Moments, Rotation
 from saccade.cache.policy import Phases, Policy, Sight, policy
+from saccade.cache.premise import Premise, premise
 from saccade.cache.segments import Segments
 
-__all__ = ["LayerCache", "Phases", "Policy", "Segments", "Sight", "evict", "policy"]
+__all__ = [
+    "LayerCache",
+    "Moments",
+    "Phases",
+    "Policy",
+    "Premise",
+    "Rotation",
+    "Segments",
+    "Sight",
+    "evict",
+    "policy",
+    "premise",
+]

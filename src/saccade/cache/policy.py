@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from saccade.cache.moments import Moments
 from saccade.errors import MechanismError
 
 POLICIES: dict[str, Callable[..., Policy]] = {}
@@ -27,7 +28,7 @@ class Sight:
 
     k (b, g, n, d), v (b, g, n, e), positions (b, g, n) in the text, `there` (b, g, n) which places hold a key; q (b, h, L, d)
     the latest queries, whose own keys are the last L places of every row; `mass` (b, g, n) the weight that each key has
-    received so far, where the policy asks for it; `length` tokens read, padding included; `layer` of `layers`. Keys stand in
+    received so far and `moments` of all queries, where the policy asks for them; `length` tokens read, padding included; `layer` of `layers`. Keys stand in
     the order of the text, and a row without a key at some place has it at the end, or was padded on the left.
     """
 
@@ -40,6 +41,7 @@ class Sight:
     layer: int = 0
     layers: int = 1
     mass: Tensor | None = None
+    moments: Moments | None = None
 
     @cached_property
     def counts(self) -> Tensor:
@@ -71,6 +73,7 @@ class Policy:
 
     name: ClassVar[str]
     mass: ClassVar[bool] = False  # whether the weight that keys receive is added up
+    moments: ClassVar[bool] = False  # whether mean and covariance of the queries are kept
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -114,6 +117,11 @@ class Policy:
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
         return (rank.flip(-1) < self.budget(sight).unsqueeze(-1)) & sight.there
+
+    @property
+    def forgetting(self) -> float:
+        """What a token more leaves of the weight that keys have received (1.0: all of it)."""
+        return 1.0
 
     def __or__(self, other: Policy) -> Phases:
         return Phases(self, other)

@@ -7,5 +7,15 @@ except ImportError:
 
 from saccade.hf.attach import Attachment, attach, attention_layers, detach
 from saccade.hf.compress import BudgetCache, Compression, compress
+from saccade.hf.premise import premise
 
-__all__ = ["Attachment", "BudgetCache", "Compression", "attach", "attention_layers", "compress", "detach"]
+__all__ = [
+    "Attachment",
+    "BudgetCache",
+    "Compression",
+    "attach",
+    "attention_layers",
+    "compress",
+    "detach",
+    "premise",
+]
