@@ -1,6 +1,6 @@
 """Key-value caches on a budget: what is kept, as a value, and storage that really shrinks."""
 
-from saccade.cache import evict
+from saccade.cache import evict, expected
 from saccade.cache.layer import LayerCache
 from saccade.cache.moments import Moments, Rotation
 from saccade.cache.policy import Phases, Policy, Sight, policy
@@ -17,6 +17,7 @@ __all__ = [
     "Segments",
     "Sight",
     "evict",
+    "expected",
     "policy",
     "premise",
 ]

@@ -170,7 +170,7 @@ class AdaKV(SnapKV):
 def shared(policy: Policy, sight: Sight, own: Tensor, floor: float) -> Tensor:
     """Budgets (b, g) that add up to those of each head, `own` (b, g): `floor` of it is the head's, the best keys share the rest."""
     n = sight.positions.shape[-1]
-    worth = policy.scores(sight).float().masked_fill(~sight.there, -torch.inf)
+    worth = policy.worth(sight)
     base = (own.float() * floor).long().clamp_min(policy.sink + policy.recent)
     free = int((own - base).sum(1).amax())
     if free <= 0:

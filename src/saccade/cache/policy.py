@@ -107,11 +107,15 @@ class Policy:
             return torch.full_like(sight.counts, max(least, math.ceil(self.keep * sight.length)))
         return torch.full_like(sight.counts, self.keep)
 
-    def chosen(self, sight: Sight) -> Tensor:
-        """Which keys stay, (b, g, n) boolean. Ties go to the later key."""
+    def worth(self, sight: Sight) -> Tensor:
+        """Scores (b, g, n), infinite for keys that always stay, minus infinity where there is no key."""
         first = sight.there.cumsum(-1) <= self.sink
         fixed = first | (sight.positions >= sight.length - self.recent)
-        worth = self.scores(sight).float().masked_fill(fixed, torch.inf).masked_fill(~sight.there, -torch.inf)
+        return self.scores(sight).float().masked_fill(fixed, torch.inf).masked_fill(~sight.there, -torch.inf)
+
+    def chosen(self, sight: Sight) -> Tensor:
+        """Which keys stay, (b, g, n) boolean. Ties go to the later key."""
+        worth = self.worth(sight)
         order = worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
