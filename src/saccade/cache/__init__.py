@@ -1,10 +1,12 @@
 """Key-value caches on a budget: what is kept, as a value, and storage that really shrinks."""
 
-from saccade.cache import evict
+from saccade.cache import evict, expected
 from saccade.cache.bases import Bases
 from saccade.cache.layer import LayerCache
+from saccade.cache.moments import Moments, Rotation
 from saccade.cache.packed import Packed, PackedSegments
 from saccade.cache.policy import Format, Full, Phases, Policy, Sight, Stored, policy
+from saccade.cache.premise import Premise, premise
 from saccade.cache.quantized import Kivi, Oscar
 from saccade.cache.segments import Segments
 
@@ -14,14 +16,19 @@ __all__ = [
     "Full",
     "Kivi",
     "LayerCache",
+    "Moments",
     "Oscar",
     "Packed",
     "PackedSegments",
     "Phases",
     "Policy",
+    "Premise",
+    "Rotation",
     "Segments",
     "Sight",
     "Stored",
     "evict",
+    "expected",
     "policy",
+    "premise",
 ]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from saccade.cache.bases import Bases
+from saccade.cache.moments import Moments, Rotation
 from saccade.cache.packed import PackedSegments
-from saccade.cache.policy import Format, Full, Phases, Rule, Sight, Stored
+from saccade.cache.policy import Format, Full, Phases, Policy, Rule, Sight, Stored, choices
 from saccade.cache.segments import Segments, joined
+from saccade.errors import MechanismError
 from saccade.plan import attend
 
 SLAB = 128
@@ -28,13 +30,23 @@ class LayerCache:
     than one token the caller compresses; in decoding `due` says when `every` tokens have come.
     """
 
-    def __init__(self, policy: Rule | Format, layer: int = 0, layers: int = 1, every: int = 64) -> None:
+    def __init__(
+        self,
+        policy: Rule | Format,
+        layer: int = 0,
+        layers: int = 1,
+        every: int = 64,
+        rotation: Rotation | None = None,
+    ) -> None:
         if every < 1:
             raise ValueError(f"every is the tokens between two choices in decoding, at least 1, got {every}")
         rule = Stored(Full(), policy) if isinstance(policy, Format) else policy
         self.policy = rule.choice if isinstance(rule, Stored) else rule
         self.format = rule.format if isinstance(rule, Stored) else None
         self.layer, self.layers, self.every = layer, layers, every
+        self.forgetting = _forgetting(self.policy)
+        skips = [p.sink for p in choices(self.policy) if p.moments]
+        self.moments = Moments(max(skips), rotation) if skips else None
         self.length = 0
         self.packed: PackedSegments | None = None
         self.bases: Bases | None = None
@@ -50,7 +62,7 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes of all tensors that are held."""
         held = [x for x in (self.keys, self.values, self.there, self.mass) if x is not None]
-        stores = [x.nbytes for x in (self.packed, self.kept) if x is not None]
+        stores = [x.nbytes for x in (self.packed, self.kept, self.moments) if x is not None]
         return sum(x.numel() * x.element_size() for x in held) + sum(stores)
 
     @property
@@ -74,10 +86,7 @@ class LayerCache:
     @property
     def wants_mass(self) -> bool:
         """True where the policy asks for the weight that keys have received."""
-        both = (
-            (self.policy.prefill, self.policy.decode) if isinstance(self.policy, Phases) else (self.policy,)
-        )
-        return any(p.mass for p in both)
+        return any(p.mass for p in choices(self.policy))
 
     @property
     def due(self) -> bool:
@@ -130,7 +139,14 @@ class LayerCache:
 
     @torch.no_grad()
     def observe(self, q: Tensor) -> None:
-        """Add up the weight that every held key receives from the queries (b, h, L, d) of the last L tokens."""
+        """Take down what the policy asks for of the queries (b, h, L, d) of the last L tokens: the weight that every held key
+        receives, mean and covariance of the queries."""
+        if self.moments is not None:
+            self.moments.add(q, self.length - q.shape[2], self.there)
+        if self.wants_mass:
+            self._weigh(q)
+
+    def _weigh(self, q: Tensor) -> None:
         k, _, positions, there = self._held()
         b, g, n, d = k.shape
         total = torch.zeros(b, g, n, device=k.device)
@@ -139,6 +155,7 @@ class LayerCache:
             split = self.mass.shape[-1] - (self.recent - q.shape[2])
             total[..., : min(old, split)] = self.mass[..., : min(old, split)]
             total[..., old : old + self.recent - q.shape[2]] = self.mass[..., split:]
+        total *= self.forgetting ** q.shape[2]
         rows = q.float().view(b, g, -1, *q.shape[2:])
         for start in range(0, q.shape[2], SLAB):
             some = rows[..., start : start + SLAB, :]
@@ -146,7 +163,7 @@ class LayerCache:
             seen = there[:, :, None] & (positions[:, :, None] <= at[:, None])
             logits = some @ k.float().unsqueeze(2).transpose(-1, -2) / math.sqrt(d)
             weights = torch.softmax(logits.masked_fill(~seen[:, :, None], -torch.inf), -1).nan_to_num(0.0)
-            total += weights.sum((2, 3))
+            total += torch.einsum("bgln,l->bgn", weights.sum(2), self.forgetting ** (self.length - 1.0 - at))
         self.mass = total
 
     @torch.no_grad()
@@ -159,7 +176,9 @@ class LayerCache:
             policy = policy.prefill if q.shape[2] > 1 or self.kept is None else policy.decode
         whole = isinstance(policy, Full) and self.mass is None  # what is packed stays as it is
         k, v, positions, there = self._held(packed=not whole)
-        sight = Sight(k, v, positions, there, q, self.length, self.layer, self.layers, self.mass)
+        sight = Sight(
+            k, v, positions, there, q, self.length, self.layer, self.layers, self.mass, self.moments
+        )
         keep = policy.chosen(sight)
         if self.format is None:
             self.kept = Segments.kept(k, v, positions, keep)
@@ -188,6 +207,18 @@ class LayerCache:
         self.keys, self.values = self.keys[index], self.values[index]
         self.there = None if self.there is None else self.there[index]
         self.mass = None if self.mass is None else self.mass[index]
+        if self.moments is not None:
+            self.moments.select(rows)
+
+
+def _forgetting(policy: Policy | Phases) -> float:
+    """What a token more leaves of the weight that keys have received."""
+    found = {p.forgetting for p in choices(policy) if p.mass}
+    if len(found) > 1:
+        raise MechanismError(
+            f"{policy}: the weight that keys receive is added up once, so both forget alike, got {sorted(found)}"
+        )
+    return found.pop() if found else 1.0
 
 
 def _ordered(a: Padded, b: Padded) -> Padded:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.bases import Bases
+from saccade.cache.moments import Moments
 from saccade.cache.packed import PackedSegments
 from saccade.cache.segments import Segments
 from saccade.errors import MechanismError
@@ -31,7 +32,7 @@ class Sight:
 
     k (b, g, n, d), v (b, g, n, e), positions (b, g, n) in the text, `there` (b, g, n) which places hold a key; q (b, h, L, d)
     the latest queries, whose own keys are the last L places of every row; `mass` (b, g, n) the weight that each key has
-    received so far, where the policy asks for it; `length` tokens read, padding included; `layer` of `layers`. Keys stand in
+    received so far and `moments` of all queries, where the policy asks for them; `length` tokens read, padding included; `layer` of `layers`. Keys stand in
     the order of the text, and a row without a key at some place has it at the end, or was padded on the left.
     """
 
@@ -44,6 +45,7 @@ class Sight:
     layer: int = 0
     layers: int = 1
     mass: Tensor | None = None
+    moments: Moments | None = None
 
     @cached_property
     def counts(self) -> Tensor:
@@ -75,6 +77,7 @@ class Policy:
 
     name: ClassVar[str]
     mass: ClassVar[bool] = False  # whether the weight that keys receive is added up
+    moments: ClassVar[bool] = False  # whether mean and covariance of the queries are kept
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,16 +111,25 @@ class Policy:
             return torch.full_like(sight.counts, max(least, math.ceil(self.keep * sight.length)))
         return torch.full_like(sight.counts, self.keep)
 
-    def chosen(self, sight: Sight) -> Tensor:
-        """Which keys stay, (b, g, n) boolean. Ties go to the later key."""
+    def worth(self, sight: Sight) -> Tensor:
+        """Scores (b, g, n), infinite for keys that always stay, minus infinity where there is no key."""
         first = sight.there.cumsum(-1) <= self.sink
         fixed = first | (sight.positions >= sight.length - self.recent)
-        worth = self.scores(sight).float().masked_fill(fixed, torch.inf).masked_fill(~sight.there, -torch.inf)
+        return self.scores(sight).float().masked_fill(fixed, torch.inf).masked_fill(~sight.there, -torch.inf)
+
+    def chosen(self, sight: Sight) -> Tensor:
+        """Which keys stay, (b, g, n) boolean. Ties go to the later key."""
+        worth = self.worth(sight)
         order = worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
         return (rank.flip(-1) < self.budget(sight).unsqueeze(-1)) & sight.there
+
+    @property
+    def forgetting(self) -> float:
+        """What a token more leaves of the weight that keys have received (1.0: all of it)."""
+        return 1.0
 
     def __or__(self, other: Policy) -> Phases:
         return Phases(self, other)
@@ -213,6 +225,14 @@ def _written(value: Policy | Format) -> str:
 
 Rule = Policy | Phases | Stored
 """What `policy` makes of a text."""
+
+
+def choices(rule: Rule | Format) -> tuple[Policy, ...]:
+    """The policies that choose keys, of all phases."""
+    choice = rule.choice if isinstance(rule, Stored) else rule
+    if isinstance(choice, Phases):
+        return choice.prefill, choice.decode
+    return (choice,) if isinstance(choice, Policy) else ()
 
 
 def policy(text: str | Rule | Format) -> Rule:

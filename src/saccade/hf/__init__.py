@@ -7,6 +7,7 @@ except ImportError:
 
 from saccade.hf.attach import Attachment, attach, attention_layers, detach
 from saccade.hf.compress import BudgetCache, Compression, calibrate, compress
+from saccade.hf.premise import premise
 
 __all__ = [
     "Attachment",
@@ -17,4 +18,5 @@ __all__ = [
     "calibrate",
     "compress",
     "detach",
+    "premise",
 ]

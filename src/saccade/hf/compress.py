@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from saccade.cache import Format, LayerCache, Oscar
+from saccade.cache import Format, LayerCache, Oscar, Rotation
 from saccade.cache import policy as parse
-from saccade.cache.policy import Rule
+from saccade.cache.policy import Rule, choices
 from saccade.errors import NotSupported
 from saccade.hf.attach import attention_layers, crosses
 from saccade.hf.attention import scaled
+from saccade.hf.rope import rotation
 from saccade.hf.seen import Seen, describe
 from saccade.plan import attend
 
@@ -33,7 +34,7 @@ class BudgetLayer(CacheLayerMixin):
     def __init__(self, owner: Compression, number: int) -> None:
         super().__init__()
         self.owner, self.number = owner, number
-        self.store = LayerCache(owner.policy, number, owner.layers, owner.every)
+        self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -61,7 +62,9 @@ class BudgetLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.store = LayerCache(self.owner.policy, self.number, self.owner.layers, self.owner.every)
+        owner = self.owner
+        turns = owner.rotations.get(self.number)
+        self.store = LayerCache(owner.policy, self.number, owner.layers, owner.every, turns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.store.select(beam_idx.tolist())
@@ -106,6 +109,7 @@ class Compression:
     every: int
     before: str
     modules: list[nn.Module]
+    rotations: dict[int, Rotation | None] = field(default_factory=dict)
     read_next: dict[int, BudgetLayer] = field(default_factory=dict)
     cache: BudgetCache | None = None
     hook: Any = None
@@ -176,7 +180,11 @@ def compress(model: Any, policy: str | Rule | Format, *, every: int = 64) -> Com
     AttentionInterface.register(NAME, _read)
     AttentionMaskInterface.register(NAME, describe)
     before = model.config._attn_implementation
-    held = Compression(model, made, len(layers), every, before, [found[0] for found in layers.values()])
+    modules = {number: found[0] for number, found in layers.items()}
+    turns = (
+        {n: rotation(model, m) for n, m in modules.items()} if any(p.moments for p in choices(made)) else {}
+    )
+    held = Compression(model, made, len(layers), every, before, [*modules.values()], turns)
     for number, (module,) in sorted(layers.items()):
         setattr(module, SLOT, (held, number))
     held.hook = model.register_forward_pre_hook(held._swap, with_kwargs=True)
@@ -250,8 +258,7 @@ def _read(
         )
     store.append(key, value, padding if first else None)
     out = _whole(query, key, value, padding) if first and padding is not None else store.attend(query)
-    if store.wants_mass:
-        store.observe(query)
+    store.observe(query)
     if query.shape[2] > 1 or store.due:
         store.compress(query)
     return out.transpose(1, 2).contiguous(), None
