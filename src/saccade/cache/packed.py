@@ -107,7 +107,8 @@ class PackedSegments:
 
     keys (N, d, block) where each group is one channel of some tokens (`by_channel`), else (N, block, d) where each group is
     some channels of one token; values (N, block, e). `positions` (N, block), or (R,) the first of each row where the
-    positions of every row follow one another. Keys and values are in `bases`, and leave it as they are read.
+    positions of every row follow one another; -1 where a key was dropped later. Keys and values are in `bases`, and leave
+    them as they are read.
     """
 
     keys: Packed
@@ -151,7 +152,10 @@ class PackedSegments:
     @property
     def counts(self) -> tuple[int, ...]:
         """Keys of each row."""
-        return tuple(n * self.block for n in self.blocks)
+        if self.positions.dim() == 1:
+            return tuple(n * self.block for n in self.blocks)
+        alive = (self.positions >= 0).sum(1).split(list(self.blocks))
+        return tuple(int(x.sum()) for x in alive)
 
     @property
     def nbytes(self) -> int:
@@ -183,18 +187,40 @@ class PackedSegments:
             k = k.transpose(-1, -2)
         return k.flatten(1, 2), self.values[index].numbers(dtype).flatten(1, 2)
 
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """The blocks of each row, (R, blocks of the longest), and which of them it has."""
+        at = torch.arange(max(self.blocks, default=0), device=self.positions.device)
+        has = at < torch.tensor(self.blocks, device=at.device)[:, None]
+        index = torch.tensor(self.starts, device=at.device)[:, None] + torch.where(has, at, 0)
+        return index.clamp(max=max(0, sum(self.blocks) - 1)), has
+
+    def spots(self) -> tuple[Tensor, Tensor]:
+        """Positions (R, n) and which are keys (R, n), as `padded` gives them."""
+        index, has = self._slots()
+        positions = self.places()[index].flatten(1).long()
+        return positions, has.repeat_interleave(self.block, 1) & (positions >= 0)
+
     def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k (R, n, d), v (R, n, e), positions (R, n) and which are keys (R, n), for the longest row's n: all unpacked."""
-        longest = max(self.blocks, default=0)
-        at = torch.arange(longest, device=self.positions.device)
-        there = at < torch.tensor(self.blocks, device=at.device)[:, None]
-        index = (torch.tensor(self.starts, device=at.device)[:, None] + torch.where(there, at, 0)).clamp(
-            max=max(0, sum(self.blocks) - 1)
-        )
-        k, v = self.unpacked(index, self.dtype)
+        k, v = self.unpacked(self._slots()[0], self.dtype)
         if self.bases is not None:
             k, v = rotated(k, self.bases.k.mT).to(self.dtype), rotated(v, self.bases.v.mT).to(self.dtype)
-        return k, v, self.places()[index].flatten(1).long(), there.repeat_interleave(self.block, 1)
+        return k, v, *self.spots()
+
+    def thinned(self, keep: Tensor) -> tuple[PackedSegments, Tensor]:
+        """Without the keys that `keep` (R, n) drops, and which are still packed (R, n).
+
+        A block with less than half of its keys left is given up: those have to be packed anew, with others.
+        """
+        index, has = self._slots()
+        alive = keep.unflatten(1, (-1, self.block))
+        stays = has & (alive.sum(-1) * 2 >= self.block)
+        blocks = tuple(stays.sum(1).tolist())
+        kept = index[stays]
+        places = self.places()[kept].masked_fill(~alive[stays], -1)
+        return self._of(self.keys[kept], self.values[kept], places, blocks), (
+            alive & stays[..., None]
+        ).flatten(1)
 
     def select(self, rows: Sequence[int]) -> PackedSegments:
         """These rows, in this order; whole samples."""
@@ -250,14 +276,17 @@ class PackedSegments:
         out = q.new_zeros(*asked.shape[:3], width, dtype=wide)
         lse = q.new_full(asked.shape[:3], -torch.inf, dtype=wide)
         starts = torch.tensor(self.starts, device=q.device)
+        gaps = self.positions.dim() == 2 and bool((self.positions < 0).any())
         for count in sorted(set(self.blocks) - {0}):
             members = torch.tensor([n for n, m in enumerate(self.blocks) if m == count], device=q.device)
             step = max(1, SLAB // (self.block * len(members)))
             found: Partial | None = None
             for low in range(0, count, step):
                 at = torch.arange(low, min(low + step, count), device=q.device)
-                k, v = self.unpacked(starts[members][:, None] + at, q.dtype)
-                made = attend(asked[members], k[:, None], v[:, None], "full", need=("out", "lse"))
+                index = starts[members][:, None] + at
+                k, v = (x[:, None] for x in self.unpacked(index, q.dtype))
+                mask = (self.positions[index] >= 0).flatten(1)[:, None, None] if gaps else None
+                made = attend(asked[members], k, v, "full", mask=mask, need=("out", "lse"))
                 assert made.lse is not None
                 part = made.out.to(wide), made.lse
                 found = part if found is None else merge([found, part])
