@@ -181,6 +181,34 @@ def test_error_falls_with_bits_and_small_groups() -> None:
     assert error(Kivi(2, 64, residual=8)) > error(Kivi(2, 8, residual=8))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_logits_are_off_by_no_more_than_half_a_scale_each_channel(bits: int) -> None:
+    q, k, v = (x.double() for x in qkv(64))
+    cache = LayerCache(Kivi(bits, 16, residual=0))
+    cache.append(k, v)
+    cache.compress(q)
+    assert cache.packed is not None
+    held = cache._held()[0]
+    scale = cache.packed.keys.scale.double().view(B, G, 4, -1).repeat_interleave(16, 2)
+    rows = q.unflatten(1, (G, -1))
+    off = (rows @ (held - k).unsqueeze(2).mT).abs()
+    assert (off <= rows.abs() @ (scale / 2).unsqueeze(2).mT + 1e-6).all()
+    values = cache.packed.values.scale.double().view(B, G, 64, 1)
+    assert ((cache._held()[1] - v).abs() <= values / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("text", ["snapkv(keep=32) | full", "h2o(keep=32) | full", "full | h2o(keep=60)"])
+def test_phases_with_a_format(text: str) -> None:
+    q, k, v = qkv(90)
+    plain = LayerCache(policy(text), every=8)
+    packed = LayerCache(policy(f"({text}) + kivi(bits=8, group=8, residual=8)"), every=8)
+    want, got = (run(cache, q, k, v, [60, *[1] * 30]) for cache in (plain, packed))
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
+    assert packed.counts == plain.counts
+    assert packed.packed is not None
+    assert min(packed.packed.counts) >= 24
+
+
 def test_what_is_packed_stays_as_it_is_while_tokens_come() -> None:
     q, k, v = qkv(100)
     cache = LayerCache(policy("kivi(bits=2, group=8, residual=8)"), every=4)

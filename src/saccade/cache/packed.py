@@ -17,7 +17,7 @@ from saccade.cache.segments import Partial
 from saccade.parts.normalizer import merge
 from saccade.plan import attend
 
-SLAB = 1 << 15
+SLAB = 1 << 14
 """Tokens, of all rows together, that are unpacked at a time."""
 
 
