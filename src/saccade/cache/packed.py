@@ -65,11 +65,17 @@ class Packed:
     def __getitem__(self, index: Tensor) -> Packed:
         return Packed(self.codes[index], self.scale[index], self.zero[index], self.bits)
 
-    def joined(self, other: Packed) -> Packed:
-        """Both, along the first axis."""
+    def woven(self, own: Tensor, other: Packed, others: Tensor) -> Packed:
+        """Both along the first axis, this at the places `own` and the other at `others`."""
         pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero))
-        codes, scale, zero = (torch.cat(p) for p in pairs)
+        codes, scale, zero = (_woven(a, own, b, others) for a, b in pairs)
         return Packed(codes, scale, zero, self.bits)
+
+
+def _woven(a: Tensor, own: Tensor, b: Tensor, others: Tensor) -> Tensor:
+    made = a.new_empty(len(a) + len(b), *a.shape[1:])
+    made[own], made[others] = a, b
+    return made
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -173,12 +179,10 @@ class PackedSegments:
         if self.positions.dim() == 2:
             return self.positions
         device = self.positions.device
-        sizes = torch.tensor(self.blocks, device=device)
-        within = torch.arange(sum(self.blocks), device=device) - torch.tensor(
-            self.starts, device=device
-        ).repeat_interleave(sizes)
-        first = self.positions.repeat_interleave(sizes) + within * self.block
-        return first[:, None] + torch.arange(self.block, device=device)
+        sizes, starts = (torch.tensor(x, device=device) for x in (self.blocks, self.starts))
+        offset = (self.positions - starts * self.block).repeat_interleave(sizes)
+        flat = torch.arange(sum(self.blocks), device=device) * self.block + offset
+        return flat.to(torch.int32)[:, None] + torch.arange(self.block, device=device, dtype=torch.int32)
 
     def unpacked(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys (rows, n, d) and values (rows, n, e) of blocks `index` (rows, n / block), in the basis they are stored in."""
@@ -238,19 +242,17 @@ class PackedSegments:
 
     def joined(self, other: PackedSegments) -> PackedSegments:
         """Each row of this, followed by the same row of the other."""
-        device, total = self.positions.device, sum(self.blocks)
-        index = torch.cat(
-            [
-                torch.arange(start, start + n, device=device)
-                for a, n, b, m in zip(self.starts, self.blocks, other.starts, other.blocks, strict=True)
-                for start, n in ((a, n), (total + b, m))
-            ]
-        )
+        device = self.positions.device
+        blocks = tuple(n + m for n, m in zip(self.blocks, other.blocks, strict=True))
+        first = torch.zeros(sum(blocks), dtype=torch.bool, device=device)
+        for start, n in zip(accumulate(blocks, initial=0), self.blocks, strict=False):
+            first[start : start + n] = True
+        own, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
         return self._of(
-            self.keys.joined(other.keys)[index],
-            self.values.joined(other.values)[index],
-            torch.cat((self.places(), other.places()))[index],
-            tuple(n + m for n, m in zip(self.blocks, other.blocks, strict=True)),
+            self.keys.woven(own, other.keys, others),
+            self.values.woven(own, other.values, others),
+            _woven(self.places(), own, other.places(), others),
+            blocks,
         )
 
     def _of(self, keys: Packed, values: Packed, places: Tensor, blocks: tuple[int, ...]) -> PackedSegments:
