@@ -185,13 +185,32 @@ class LayerCache:
         else:
             if self.bases is None:
                 self.bases = self.format.bases(sight)
-            more, self.kept = self.format.store(k, v, positions, keep, self.bases)
-            self.packed = self.packed.joined(more) if whole and self.packed is not None else more
+            stay = self.packed
+            if stay is not None and not whole:
+                stay, still = self._thinned(stay, keep)
+                keep_plain = keep & ~still
+            else:
+                keep_plain = keep
+            more, self.kept = self.format.store(k, v, positions, keep_plain, self.bases)
+            self.packed = more if stay is None else stay.joined(more)
         if self.mass is not None:
             self.mass = _left(self.mass, keep, int(keep.sum(-1).amax()))
         b, g, _, d = self.keys.shape
         self.keys, self.values = k.new_empty(b, g, 0, d), v.new_empty(b, g, 0, v.shape[-1])
         self.there = None
+
+    def _thinned(self, packed: PackedSegments, keep: Tensor) -> tuple[PackedSegments, Tensor]:
+        """What stays packed of all that is held where `keep` (b, g, n), and which keys of it those are (b, g, n)."""
+        assert self.kept is not None
+        (p, there), (_, _, q, also) = packed.spots(), self.kept.padded()
+        order = _order(torch.cat((p, q), 1), torch.cat((there, also), 1))
+        flat, old = keep.flatten(0, 1), order.shape[1]
+        places = torch.zeros(len(p), p.shape[1] + q.shape[1], dtype=torch.bool, device=p.device)
+        stay, held = packed.thinned(places.scatter(1, order, flat[:, :old])[:, : p.shape[1]])
+        places[:, : p.shape[1]] = held
+        still = torch.zeros_like(flat)
+        still[:, :old] = places.gather(1, order)
+        return stay, still.view_as(keep)
 
     def select(self, samples: Sequence[int]) -> None:
         """Keep these samples of the batch, in this order: a beam goes on from the best of its rows."""
@@ -224,10 +243,15 @@ def _forgetting(policy: Policy | Phases) -> float:
 def _ordered(a: Padded, b: Padded) -> Padded:
     """Keys, values, positions and places (R, n, ...) of both, each row in the order of the text, the longest without gaps."""
     k, v, positions, there = (torch.cat(x, 1) for x in zip(a, b, strict=True))
-    order = positions.masked_fill(~there, torch.iinfo(torch.long).max).argsort(1)
-    order = order[:, : int(there.sum(1).amax())]
+    order = _order(positions, there)
     k, v = (x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
     return k, v, positions.gather(1, order), there.gather(1, order)
+
+
+def _order(positions: Tensor, there: Tensor) -> Tensor:
+    """The places (R, n) of the keys of each row in the order of the text; shorter rows go on with places of no key."""
+    order = positions.masked_fill(~there, torch.iinfo(torch.long).max).argsort(1)
+    return order[:, : int(there.sum(1).amax())]
 
 
 def _left(x: Tensor, keep: Tensor, width: int) -> Tensor:

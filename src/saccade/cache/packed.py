@@ -17,7 +17,7 @@ from saccade.cache.segments import Partial
 from saccade.parts.normalizer import merge
 from saccade.plan import attend
 
-SLAB = 1 << 15
+SLAB = 1 << 14
 """Tokens, of all rows together, that are unpacked at a time."""
 
 
@@ -65,11 +65,17 @@ class Packed:
     def __getitem__(self, index: Tensor) -> Packed:
         return Packed(self.codes[index], self.scale[index], self.zero[index], self.bits)
 
-    def joined(self, other: Packed) -> Packed:
-        """Both, along the first axis."""
+    def woven(self, own: Tensor, other: Packed, others: Tensor) -> Packed:
+        """Both along the first axis, this at the places `own` and the other at `others`."""
         pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero))
-        codes, scale, zero = (torch.cat(p) for p in pairs)
+        codes, scale, zero = (_woven(a, own, b, others) for a, b in pairs)
         return Packed(codes, scale, zero, self.bits)
+
+
+def _woven(a: Tensor, own: Tensor, b: Tensor, others: Tensor) -> Tensor:
+    made = a.new_empty(len(a) + len(b), *a.shape[1:])
+    made[own], made[others] = a, b
+    return made
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -107,7 +113,8 @@ class PackedSegments:
 
     keys (N, d, block) where each group is one channel of some tokens (`by_channel`), else (N, block, d) where each group is
     some channels of one token; values (N, block, e). `positions` (N, block), or (R,) the first of each row where the
-    positions of every row follow one another. Keys and values are in `bases`, and leave it as they are read.
+    positions of every row follow one another; -1 where a key was dropped later. Keys and values are in `bases`, and leave
+    them as they are read.
     """
 
     keys: Packed
@@ -151,7 +158,10 @@ class PackedSegments:
     @property
     def counts(self) -> tuple[int, ...]:
         """Keys of each row."""
-        return tuple(n * self.block for n in self.blocks)
+        if self.positions.dim() == 1:
+            return tuple(n * self.block for n in self.blocks)
+        alive = (self.positions >= 0).sum(1).split(list(self.blocks))
+        return tuple(int(x.sum()) for x in alive)
 
     @property
     def nbytes(self) -> int:
@@ -169,12 +179,10 @@ class PackedSegments:
         if self.positions.dim() == 2:
             return self.positions
         device = self.positions.device
-        sizes = torch.tensor(self.blocks, device=device)
-        within = torch.arange(sum(self.blocks), device=device) - torch.tensor(
-            self.starts, device=device
-        ).repeat_interleave(sizes)
-        first = self.positions.repeat_interleave(sizes) + within * self.block
-        return first[:, None] + torch.arange(self.block, device=device)
+        sizes, starts = (torch.tensor(x, device=device) for x in (self.blocks, self.starts))
+        offset = (self.positions - starts * self.block).repeat_interleave(sizes)
+        flat = torch.arange(sum(self.blocks), device=device) * self.block + offset
+        return flat.to(torch.int32)[:, None] + torch.arange(self.block, device=device, dtype=torch.int32)
 
     def unpacked(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys (rows, n, d) and values (rows, n, e) of blocks `index` (rows, n / block), in the basis they are stored in."""
@@ -183,18 +191,40 @@ class PackedSegments:
             k = k.transpose(-1, -2)
         return k.flatten(1, 2), self.values[index].numbers(dtype).flatten(1, 2)
 
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """The blocks of each row, (R, blocks of the longest), and which of them it has."""
+        at = torch.arange(max(self.blocks, default=0), device=self.positions.device)
+        has = at < torch.tensor(self.blocks, device=at.device)[:, None]
+        index = torch.tensor(self.starts, device=at.device)[:, None] + torch.where(has, at, 0)
+        return index.clamp(max=max(0, sum(self.blocks) - 1)), has
+
+    def spots(self) -> tuple[Tensor, Tensor]:
+        """Positions (R, n) and which are keys (R, n), as `padded` gives them."""
+        index, has = self._slots()
+        positions = self.places()[index].flatten(1).long()
+        return positions, has.repeat_interleave(self.block, 1) & (positions >= 0)
+
     def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k (R, n, d), v (R, n, e), positions (R, n) and which are keys (R, n), for the longest row's n: all unpacked."""
-        longest = max(self.blocks, default=0)
-        at = torch.arange(longest, device=self.positions.device)
-        there = at < torch.tensor(self.blocks, device=at.device)[:, None]
-        index = (torch.tensor(self.starts, device=at.device)[:, None] + torch.where(there, at, 0)).clamp(
-            max=max(0, sum(self.blocks) - 1)
-        )
-        k, v = self.unpacked(index, self.dtype)
+        k, v = self.unpacked(self._slots()[0], self.dtype)
         if self.bases is not None:
             k, v = rotated(k, self.bases.k.mT).to(self.dtype), rotated(v, self.bases.v.mT).to(self.dtype)
-        return k, v, self.places()[index].flatten(1).long(), there.repeat_interleave(self.block, 1)
+        return k, v, *self.spots()
+
+    def thinned(self, keep: Tensor) -> tuple[PackedSegments, Tensor]:
+        """Without the keys that `keep` (R, n) drops, and which are still packed (R, n).
+
+        A block with less than half of its keys left is given up: those have to be packed anew, with others.
+        """
+        index, has = self._slots()
+        alive = keep.unflatten(1, (-1, self.block))
+        stays = has & (alive.sum(-1) * 2 >= self.block)
+        blocks = tuple(stays.sum(1).tolist())
+        kept = index[stays]
+        places = self.places()[kept].masked_fill(~alive[stays], -1)
+        return self._of(self.keys[kept], self.values[kept], places, blocks), (
+            alive & stays[..., None]
+        ).flatten(1)
 
     def select(self, rows: Sequence[int]) -> PackedSegments:
         """These rows, in this order; whole samples."""
@@ -212,19 +242,17 @@ class PackedSegments:
 
     def joined(self, other: PackedSegments) -> PackedSegments:
         """Each row of this, followed by the same row of the other."""
-        device, total = self.positions.device, sum(self.blocks)
-        index = torch.cat(
-            [
-                torch.arange(start, start + n, device=device)
-                for a, n, b, m in zip(self.starts, self.blocks, other.starts, other.blocks, strict=True)
-                for start, n in ((a, n), (total + b, m))
-            ]
-        )
+        device = self.positions.device
+        blocks = tuple(n + m for n, m in zip(self.blocks, other.blocks, strict=True))
+        first = torch.zeros(sum(blocks), dtype=torch.bool, device=device)
+        for start, n in zip(accumulate(blocks, initial=0), self.blocks, strict=False):
+            first[start : start + n] = True
+        own, others = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
         return self._of(
-            self.keys.joined(other.keys)[index],
-            self.values.joined(other.values)[index],
-            torch.cat((self.places(), other.places()))[index],
-            tuple(n + m for n, m in zip(self.blocks, other.blocks, strict=True)),
+            self.keys.woven(own, other.keys, others),
+            self.values.woven(own, other.values, others),
+            _woven(self.places(), own, other.places(), others),
+            blocks,
         )
 
     def _of(self, keys: Packed, values: Packed, places: Tensor, blocks: tuple[int, ...]) -> PackedSegments:
@@ -250,14 +278,17 @@ class PackedSegments:
         out = q.new_zeros(*asked.shape[:3], width, dtype=wide)
         lse = q.new_full(asked.shape[:3], -torch.inf, dtype=wide)
         starts = torch.tensor(self.starts, device=q.device)
+        gaps = self.positions.dim() == 2 and bool((self.positions < 0).any())
         for count in sorted(set(self.blocks) - {0}):
             members = torch.tensor([n for n, m in enumerate(self.blocks) if m == count], device=q.device)
             step = max(1, SLAB // (self.block * len(members)))
             found: Partial | None = None
             for low in range(0, count, step):
                 at = torch.arange(low, min(low + step, count), device=q.device)
-                k, v = self.unpacked(starts[members][:, None] + at, q.dtype)
-                made = attend(asked[members], k[:, None], v[:, None], "full", need=("out", "lse"))
+                index = starts[members][:, None] + at
+                k, v = (x[:, None] for x in self.unpacked(index, q.dtype))
+                mask = (self.positions[index] >= 0).flatten(1)[:, None, None] if gaps else None
+                made = attend(asked[members], k, v, "full", mask=mask, need=("out", "lse"))
                 assert made.lse is not None
                 part = made.out.to(wide), made.lse
                 found = part if found is None else merge([found, part])

@@ -139,7 +139,10 @@ class Oscar(Kivi):
 
 
 def calibrated(sight: Sight) -> Bases:
-    """The bases of OSCAR for what a layer sees: of its queries, and of what the last `SEEN` of them find, S V."""
+    """The bases of OSCAR for what a layer sees: of its queries, and of what the last `SEEN` of them find, S V.
+
+    One basis for each head of all samples together.
+    """
     q = sight.q
     rows = min(SEEN, q.shape[2])
     mask = sight.there.repeat_interleave(q.shape[1] // sight.k.shape[1], 1)[:, :, None]
