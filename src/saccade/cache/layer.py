@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.cache.moments import Moments, Rotation
 from saccade.cache.policy import Phases, Policy, Sight
-from saccade.cache.segments import Segments, joined
+from saccade.cache.segments import Partial, Segments, joined
 from saccade.errors import MechanismError
 from saccade.plan import attend
 
@@ -95,12 +95,16 @@ class LayerCache:
 
     def attend(self, q: Tensor) -> Tensor:
         """What the queries (b, h, L, d) of the last L tokens find, (b, h, L, e): kept keys, and those since causally."""
+        far = None if self.kept is None else self.kept.read(q)
+        return joined([far, self._near(q)])
+
+    def _near(self, q: Tensor) -> Partial:
+        """What the queries find in the tokens since."""
         assert self.keys is not None
         assert self.values is not None
         near = attend(q, self.keys, self.values, "causal", need=("out", "lse"))
         assert near.lse is not None
-        far = None if self.kept is None else self.kept.read(q)
-        return joined([far, (near.out, near.lse)])
+        return near.out, near.lse
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All keys and values (b, g, n, .), their positions and which places hold one (b, g, n): kept ones first."""
