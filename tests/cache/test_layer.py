@@ -11,7 +11,18 @@ from saccade.cache import LayerCache, Segments, policy
 from saccade.errors import MechanismError
 
 B, H, G, D = 2, 4, 2, 8
-POLICIES = ["streaming_llm", "l2_norm", "snapkv", "tova", "h2o", "pyramidkv", "adakv"]
+POLICIES = [
+    "streaming_llm",
+    "l2_norm",
+    "snapkv",
+    "tova",
+    "h2o",
+    "pyramidkv",
+    "adakv",
+    "at_random",
+    "a2sf",
+    "expected_attention",
+]
 
 
 def qkv(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +38,7 @@ def run(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> 
     for qs, ks, vs in zip(*(x.split(cuts, 2) for x in (q, k, v)), strict=True):
         cache.append(ks, vs)
         outs.append(cache.attend(qs))
-        if cache.wants_mass:
-            cache.observe(qs)
+        cache.observe(qs)
         if qs.shape[2] > 1 or cache.due:
             cache.compress(qs)
     return torch.cat(outs, 2)
