@@ -7,11 +7,23 @@ import torch
 from torch import Tensor
 
 import saccade as sc
-from saccade.cache import LayerCache, Segments, policy
+from saccade.cache import LayerCache, Segments, Sight, policy
+from saccade.cache.evict import AdaKV
 from saccade.errors import MechanismError
 
 B, H, G, D = 2, 4, 2, 8
-POLICIES = ["streaming_llm", "l2_norm", "snapkv", "tova", "h2o", "pyramidkv", "adakv"]
+POLICIES = [
+    "streaming_llm",
+    "l2_norm",
+    "snapkv",
+    "tova",
+    "h2o",
+    "pyramidkv",
+    "adakv",
+    "at_random",
+    "a2sf",
+    "expected_attention",
+]
 
 
 def qkv(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +39,7 @@ def run(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> 
     for qs, ks, vs in zip(*(x.split(cuts, 2) for x in (q, k, v)), strict=True):
         cache.append(ks, vs)
         outs.append(cache.attend(qs))
-        if cache.wants_mass:
-            cache.observe(qs)
+        cache.observe(qs)
         if qs.shape[2] > 1 or cache.due:
             cache.compress(qs)
     return torch.cat(outs, 2)
@@ -92,6 +103,24 @@ def test_scores_by_hand() -> None:
     want = mass.unflatten(1, (G, H // G)).mean(2).argsort(-1, descending=True)[..., :5].sort(-1).values
     assert heavy.kept is not None
     assert torch.equal(heavy.kept.padded()[2].unflatten(0, (B, G)), want)
+
+
+def test_heads_that_share_a_budget_keep_their_best_keys() -> None:
+    """Keys that always stay come first in each head's part, so that its best key competes with those of other heads."""
+    worth = torch.stack((torch.zeros(40), torch.rand(40) + 1))[None]
+    worth[0, 0, 20] = 100.0
+
+    class Given(AdaKV):
+        def scores(self, sight: Sight) -> Tensor:
+            return worth
+
+    k = torch.randn(1, 2, 40, 4)
+    places, there = torch.arange(40).expand(1, 2, 40), torch.ones(1, 2, 40, dtype=torch.bool)
+    kept = Given(keep=10, sink=2, recent=4, floor=0.1).chosen(Sight(k, k, places, there, k, 40))[0]
+    fixed = {0, 1, 36, 37, 38, 39}
+    assert set(kept[0].nonzero().flatten().tolist()) == fixed | {20}
+    best = [j for j in worth[0, 1].argsort(descending=True).tolist() if j not in fixed][:7]
+    assert set(kept[1].nonzero().flatten().tolist()) == fixed | set(best)
 
 
 def test_mass_goes_on_after_a_choice() -> None:

@@ -11,7 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import saccade as sc
 from cache.test_layer import B, G, qkv, run
-from saccade.cache import Format, Full, Kivi, LayerCache, Packed, PackedSegments, Stored, evict, policy
+from saccade.cache import (
+    Format,
+    Full,
+    Kivi,
+    LayerCache,
+    Packed,
+    PackedSegments,
+    Stored,
+    evict,
+    layer_cache,
+    policy,
+)
 from saccade.cache.packed import pack, unpack
 from saccade.errors import MechanismError
 
@@ -488,3 +499,8 @@ def test_heads_that_fill_no_bytes_are_refused() -> None:
     cache.append(k, k)
     with pytest.raises(ValueError, match="more bits"):
         cache.compress(k)
+
+
+def test_a_sketch_is_not_packed() -> None:
+    with pytest.raises(MechanismError, match="which no format packs"):
+        layer_cache(policy("subgen + kivi"))

@@ -14,7 +14,7 @@ from hf.helpers import FAMILIES, build, close, tokens  # noqa: E402
 from saccade import hf  # noqa: E402
 
 CACHED = [n for n in FAMILIES if not any(w in n for w in ("sliding", "gemma2", "oss"))]
-POLICIES = ["streaming_llm", "l2_norm", "snapkv", "tova", "h2o", "adakv"]
+POLICIES = ["streaming_llm", "l2_norm", "snapkv", "tova", "h2o", "adakv", "at_random", "a2sf"]
 ASK: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 

@@ -114,7 +114,7 @@ def test_scores_equal_the_formula(options: str) -> None:
             for j in range(n):
                 x = k[0, g, j]
                 z.append(x @ mu / 8**0.5 + (0 if "cov" in options else x @ sigma @ x / 16))
-            shares.append(torch.stack(z).softmax(0))
+            shares.append(F.pad(torch.stack(z)[2:].softmax(0), (2, 0)))
         score = (shares[0] + shares[1]) / 2 + (0.02 if "eps" in options else 0)
         if "values" not in options:
             score = score * v[0, g].norm(dim=-1)
@@ -162,6 +162,9 @@ def test_keeping_all_is_the_model_and_its_queries_are_known(rope: str) -> None:
         assert held.cache is not None
         moments = held.cache.layers[0].store.moments
     hook.remove()
+    beams = model.generate(x, num_beams=3, **ask)
+    with hf.compress(model, "expected_attention(keep=1.0)", every=3):
+        assert torch.equal(model.generate(x, num_beams=3, **ask), beams)
     factor = model.model.rotary_emb.attention_scaling if rope == "yarn" else 1.0
     assert (factor > 1) == (rope == "yarn")
     plain = torch.cat(made, 1).unflatten(-1, (4, 12)).transpose(1, 2) * factor

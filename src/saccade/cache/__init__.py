@@ -1,6 +1,6 @@
 """Key-value caches on a budget: what is kept, as a value, and storage that really shrinks."""
 
-from saccade.cache import evict, expected
+from saccade.cache import evict, expected, subgen
 from saccade.cache.bases import Bases
 from saccade.cache.layer import LayerCache
 from saccade.cache.moments import Moments, Rotation
@@ -9,6 +9,7 @@ from saccade.cache.policy import Format, Full, Phases, Policy, Sight, Stored, po
 from saccade.cache.premise import Premise, premise
 from saccade.cache.quantized import Kivi, Oscar
 from saccade.cache.segments import Segments
+from saccade.cache.subgen import layer_cache
 
 __all__ = [
     "Bases",
@@ -29,6 +30,8 @@ __all__ = [
     "Stored",
     "evict",
     "expected",
+    "layer_cache",
     "policy",
     "premise",
+    "subgen",
 ]

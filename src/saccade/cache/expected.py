@@ -33,8 +33,8 @@ class ExpectedAttention(Policy):
     """Keys that the next `ahead` queries are expected to weigh most, times the norm of their values.
 
     Queries are taken for normal, with mean and covariance of those read after the first `sink`, turned by the mean rotation of
-    the next `ahead` positions. A key is worth (a + eps) |v|, a its share of the expected weights, the mean of the query heads
-    that share it; `covariance` and `values` False leave these out. With `floor` below 1 the heads of a layer share a budget, of
+    the next `ahead` positions. A key is worth (a + eps) |v|, a its share of the expected weights beyond the first `sink` keys, the
+    mean of the query heads that share it; `covariance` and `values` False leave these out. With `floor` below 1 the heads of a layer share a budget, of
     which that part is each head's own. (Devoto et al., Expected Attention: KV Cache Compression by Estimating Attention from
     Future Queries Distribution, 2025.)
     """
@@ -77,5 +77,6 @@ class ExpectedAttention(Policy):
         covariance = None if covariance is None else covariance.view(b, g, -1, d, d)
         k = sight.k.float().masked_fill(~sight.there.unsqueeze(-1), 0).unsqueeze(2)
         z = torch.cat([log_expected(some, mean, covariance) for some in k.split(SLAB, 3)], -1)
-        worth = z.masked_fill(~sight.there.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)
+        ranked = sight.there & (sight.there.cumsum(-1) > self.sink)
+        worth = z.masked_fill(~ranked.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)
         return (worth + self.eps) * sight.v.float().norm(dim=-1) if self.values else worth

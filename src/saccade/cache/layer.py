@@ -12,7 +12,7 @@ from saccade.cache.bases import Bases
 from saccade.cache.moments import Moments, Rotation
 from saccade.cache.packed import PackedSegments
 from saccade.cache.policy import Format, Full, Phases, Policy, Rule, Sight, Stored, choices
-from saccade.cache.segments import Segments, joined
+from saccade.cache.segments import Partial, Segments, joined
 from saccade.errors import MechanismError
 from saccade.plan import attend
 
@@ -107,12 +107,16 @@ class LayerCache:
 
     def attend(self, q: Tensor) -> Tensor:
         """What the queries (b, h, L, d) of the last L tokens find, (b, h, L, e): kept keys, and those since causally."""
+        far = [None if x is None else x.read(q) for x in (self.packed, self.kept)]
+        return joined([*far, self._near(q)])
+
+    def _near(self, q: Tensor) -> Partial:
+        """What the queries find in the tokens since."""
         assert self.keys is not None
         assert self.values is not None
         near = attend(q, self.keys, self.values, "causal", need=("out", "lse"))
         assert near.lse is not None
-        far = [None if x is None else x.read(q) for x in (self.packed, self.kept)]
-        return joined([*far, (near.out, near.lse)])
+        return near.out, near.lse
 
     def _held(self, *, packed: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All keys and values (b, g, n, .), their positions and which places hold one (b, g, n): kept ones first.

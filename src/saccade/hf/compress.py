@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from saccade.cache import Format, LayerCache, Oscar, Rotation
+from saccade.cache import Format, Oscar, Rotation, layer_cache
 from saccade.cache import policy as parse
 from saccade.cache.policy import Rule, choices
 from saccade.errors import NotSupported
@@ -64,7 +64,7 @@ class BudgetLayer(CacheLayerMixin):
     def reset(self) -> None:
         owner = self.owner
         turns = owner.rotations.get(self.number)
-        self.store = LayerCache(owner.policy, self.number, owner.layers, owner.every, turns)
+        self.store = layer_cache(owner.policy, self.number, owner.layers, owner.every, turns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.store.select(beam_idx.tolist())
