@@ -342,9 +342,9 @@ def test_state_space_heads_recall_what_the_window_does_not_reach() -> None:
 
 @pytest.mark.slow
 def test_hybrid_heads_recall_no_worse_than_either_kind_alone() -> None:
-    """Three models of as many parameters, within a thirtieth."""
+    """Three models of as many parameters, within 3.5 percent."""
     found = {kind: recalled(kind, 500, FRESH) for kind in ("hybrid", "scan", "window")}
     sizes = [size for _, size in found.values()]
-    assert max(sizes) <= 31 / 30 * min(sizes)
+    assert max(sizes) <= 1.035 * min(sizes)
     assert found["hybrid"][0] >= found["scan"][0] - 0.01
     assert found["hybrid"][0] > 0.9 > 0.35 > found["window"][0]
