@@ -269,7 +269,10 @@ def drawn(document: dict[str, Any]) -> str:
             by_state.append(Curve(name, [(p["state_bytes"] / 1024, hi, lo) for p, hi, lo in points]))
             rate = "decode_tokens_a_second"
             by_speed.append(Curve(name, [(p[rate], hi, lo) for p, hi, lo in points if rate in p]))
-    said = f"recall of {PAIRS} pairs over {LENGTHS[-1]} tokens; the best of {len(SEEDS)} seeds, bars down to the worst"
+    seeds = len({r["seed"] for r in document["cells"]})
+    said = f"recall of {PAIRS} pairs over {LENGTHS[-1]} tokens" + (
+        f"; the best of {seeds} seeds, bars down to the worst" if seeds > 1 else ", one seed"
+    )
     return chart(
         said,
         [
