@@ -184,7 +184,8 @@ def advance(m: Recurrent, c: Context, carry: Carry | None, lse: bool) -> tuple[T
     if type(m.feature) not in FUSED:
         q, k, v = (x.to(torch.float32) for x in (q, k, v))
         q, k = m.feature.map(q, "q", None, c.buffers)[0], m.feature.map(k, "k", c.valid, c.buffers)[0]
-        q, k = (m.feature.place(x, c.j) for x in (q, k))
+        places = c.j
+        q, k = m.feature.place(q, places), m.feature.place(k, places)
     q, k, v = lined(q), lined(k), lined(v)
     work = Work.of(m, None if c.ends is None else c.ends.to(torch.int64).contiguous())
     given = (q, k, v, *c.params.values(), *c.streams.values(), *((carry.s, carry.z) if carry else ()))

@@ -99,14 +99,14 @@ def chunked(m: Recurrent, c: Context, carry: Carry | None = None) -> tuple[Tenso
     inputs = (c.q, c.k, c.v, *c.params.values(), *c.streams.values(), carry.s)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     whole = None if tracked else c.q.new_empty(*c.q.shape[:3], e)
-    chunk = chunk_length(m, c.q.device.type)
+    chunk, places = chunk_length(m, c.q.device.type), c.j
     chunks = zip(*(x.split(chunk, dim=2) for x in (c.q, c.k, c.v)), strict=True)
     for n, (q, k, v) in enumerate(chunks):
         valid = None if c.valid is None else c.valid[:, n * chunk : (n + 1) * chunk]
         fq, scale_q = m.feature.map(_wide(q), "q", None, c.buffers)
         fk, scale_k = m.feature.map(_wide(k), "k", valid, c.buffers)
         at = slice(n * chunk, (n + 1) * chunk)
-        fq, fk = (m.feature.place(x, c.j[:, at]) for x in (fq, fk))
+        fq, fk = (m.feature.place(x, places[:, at]) for x in (fq, fk))
         log = decay if decay is None or decay.shape[2] == 1 else decay[:, :, at]
         strength = None if gain is None else gain[:, :, at]
         if valid is not None:
@@ -221,7 +221,8 @@ def step(m: Recurrent, c: Context, carry: Carry) -> tuple[Tensor, Carry]:
     g, e = k.shape[1], v.shape[-1]
     phi_q, _ = m.feature.map(q, "q", None, c.buffers)
     phi_k, scale = m.feature.map(k, "k", None, c.buffers)
-    phi_q, phi_k = (m.feature.place(x, c.j) for x in (phi_q, phi_k))
+    places = c.j
+    phi_q, phi_k = m.feature.place(phi_q, places), m.feature.place(phi_k, places)
     log = v.new_zeros(1, g, 1) if m.decay is None else m.decay.log(c)[:, :, 0].to(v.dtype)
     gain = None if m.write is None else m.write.gain(c)[:, :, 0].to(v.dtype)
     fk, value, level = phi_k[:, :, 0], v[:, :, 0], carry.m

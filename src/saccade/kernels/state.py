@@ -33,7 +33,8 @@ def chunked(
     if gain is not None or not (elu or type(m.feature) is Identity):
         c = without_padding(c)
         q, k = (m.feature.map(x.to(wide), side, None, c.buffers)[0] for x, side in ((c.q, "q"), (c.k, "k")))  # type: ignore[arg-type]
-        q, k = (m.feature.place(x, c.j) for x in (q, k))
+        places = c.j
+        q, k = m.feature.place(q, places), m.feature.place(k, places)
         k = k if overwrites or gain is None else k * gain.unsqueeze(-1)
         q, k, v = q.to(c.q.dtype), k.to(c.q.dtype), c.v
     level = carry.m if carry is not None else q.new_full(k.shape[:2], -torch.inf, dtype=wide)

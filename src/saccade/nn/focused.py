@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.nn.eviction import Fifo, KeyValueMemory, pieces
+from saccade.nn.padding import without_padding
 from saccade.parts.normalizer import merge
 from saccade.parts.pair import Context
 from saccade.parts.tokens import On, Rope
@@ -75,8 +76,7 @@ class FocusedAttention(nn.Module):
             return self._among(x, documents)
         if key_lengths is None:
             return self.step(x, self.init_state(len(x)))[0]
-        later = (torch.arange(x.shape[1], device=x.device) >= key_lengths[:, None]).unsqueeze(-1)
-        return self.forward(x.masked_fill(later, 0)).masked_fill(later, 0)
+        return without_padding(self.forward(without_padding(x, key_lengths)), key_lengths)
 
     def _among(self, x: Tensor, documents: int) -> Tensor:
         """The features where the memory is the window before, of several documents."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, normalize, silu
 
 from saccade.kernels.gated import paths
+from saccade.nn.padding import without_padding
 
 Weights = tuple[Tensor, ...]
 
@@ -226,11 +227,3 @@ class NeuralMemory(nn.Module):
     def told(self, answers: Tensor) -> Tensor:
         """Answers (B, H, n, size) as features (B, n, dim)."""
         return self.out_proj(self.norm(answers).transpose(1, 2).flatten(2))
-
-
-def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x (B, n, dim) with zeros after `lengths` (B,)."""
-    if lengths is None:
-        return x
-    gone = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-    return x.masked_fill(gone.unsqueeze(-1), 0)

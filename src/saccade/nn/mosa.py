@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.nn.attention import Attention
+from saccade.nn.padding import without_padding
 from saccade.parts.pair import Context
 from saccade.parts.state import State
 from saccade.parts.tokens import On, Rope
@@ -97,9 +98,7 @@ class MoSA(nn.Module):
 
     def forward(self, x: Tensor, *, key_lengths: Tensor | None = None, running: bool = False) -> Tensor:
         """The mixed features (B, n, dim); later tokens than `key_lengths` (B,) are padding."""
-        if key_lengths is not None:
-            later = torch.arange(x.shape[1], device=x.device) >= key_lengths[:, None]
-            x = x.masked_fill(later.unsqueeze(-1), 0)
+        x = without_padding(x, key_lengths)
         gates, ranked = self.scores(x)
         if running:
             out = self._running(x, gates, ranked)
@@ -107,7 +106,7 @@ class MoSA(nn.Module):
             out = self._chosen(x, gates, self.choose(ranked, key_lengths), key_lengths)
         if self.dense is not None:
             out = out + self.dense(x, key_lengths=key_lengths)
-        return out if key_lengths is None else out.masked_fill(later.unsqueeze(-1), 0)
+        return without_padding(out, key_lengths)
 
     def _chosen(self, x: Tensor, gates: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
         """The sparse heads, from the tokens that they take, index (B, sparse, k)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saccade.nn.attention import Attention
 from saccade.nn.eviction import pieces
+from saccade.nn.padding import without_padding
 from saccade.parts.state import State
 
 
@@ -56,8 +57,7 @@ class SlotMemoryAttention(nn.Module):
     def forward(self, x: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:
         """The mixed features; later tokens than `key_lengths` (B,) are padding. All chunks are read at once."""
         if key_lengths is not None:
-            later = (torch.arange(x.shape[1], device=x.device) >= key_lengths[:, None]).unsqueeze(-1)
-            return self.forward(x.masked_fill(later, 0)).masked_fill(later, 0)
+            return without_padding(self.forward(without_padding(x, key_lengths)), key_lengths)
         batch, n, dim = x.shape
         count = -(-n // self.chunk)
         chunks = F.pad(x, (0, 0, 0, count * self.chunk - n)).reshape(-1, self.chunk, dim)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saccade.nn.memory import without_padding
+from saccade.nn.padding import without_padding
 
 
 def superposition_stack(actions: Tensor, v: Tensor, stack: Tensor) -> tuple[Tensor, Tensor]:

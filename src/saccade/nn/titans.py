@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from saccade.mechanism import mechanism
-from saccade.nn.memory import NeuralMemory, NeuralMemoryState, recall, without_padding
+from saccade.nn.memory import NeuralMemory, NeuralMemoryState, recall
+from saccade.nn.padding import without_padding
 from saccade.parts.normalizer import merge
 from saccade.parts.state import State
 from saccade.plan import attend, init_state
@@ -78,7 +79,18 @@ class TitansState:
     attention: State
 
 
-class MemoryAsContext(nn.Module):
+class AttentionAndMemory(nn.Module):
+    """A layer of attention and a memory, which decode from the states of both."""
+
+    attention: PersistentAttention
+    memory: NeuralMemory
+
+    def init_state(self, batch: int) -> TitansState:
+        """The state before the first token."""
+        return TitansState(self.memory.init_state(batch), self.attention.init_state(batch))
+
+
+class MemoryAsContext(AttentionAndMemory):
     """MAC: attention inside segments over persistent tokens, what the memory recalls for each token, and the tokens;
     then a gate between the answers y of attention and M(y), where M learns from y. x is (B, n, dim), the answer too.
 
@@ -105,10 +117,6 @@ class MemoryAsContext(nn.Module):
         """The mixed features; later tokens than `key_lengths` (B,) are padding."""
         return self.step(without_padding(x, key_lengths), self.init_state(len(x)))[0]
 
-    def init_state(self, batch: int) -> TitansState:
-        """The state before the first token."""
-        return TitansState(self.memory.init_state(batch), self.attention.init_state(batch))
-
     def step(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         """New tokens x (B, n, dim), usually one, and the state before them, to their features and the state after."""
         outs, at = [], 0
@@ -131,7 +139,7 @@ class MemoryAsContext(nn.Module):
         return self.gate(y, answers), TitansState(memory, own)
 
 
-class MemoryAsGate(nn.Module):
+class MemoryAsGate(AttentionAndMemory):
     """MAG: a gate between attention in a window and M(x). x is (B, n, dim), the answer too.
 
     (Behrouz et al., Titans: Learning to Memorize at Test Time, 2024.)
@@ -160,10 +168,6 @@ class MemoryAsGate(nn.Module):
         x = without_padding(x, key_lengths)
         return self.gate(self.attention(x)[0], self.memory(x))
 
-    def init_state(self, batch: int) -> TitansState:
-        """The state before the first token."""
-        return TitansState(self.memory.init_state(batch), self.attention.init_state(batch))
-
     def step(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         """New tokens x (B, n, dim), usually one, and the state before them, to their features and the state after."""
         y, own = self.attention(x, state.attention)
@@ -171,7 +175,7 @@ class MemoryAsGate(nn.Module):
         return self.gate(y, answers), TitansState(memory, own)
 
 
-class MemoryAsLayer(nn.Module):
+class MemoryAsLayer(AttentionAndMemory):
     """MAL: attention in a window over x + M(x), a memory stacked under it. x is (B, n, dim), the answer too.
 
     (Behrouz et al., Titans: Learning to Memorize at Test Time, 2024.)
@@ -198,10 +202,6 @@ class MemoryAsLayer(nn.Module):
         """The mixed features; later tokens than `key_lengths` (B,) are padding."""
         x = without_padding(x, key_lengths)
         return self.attention(x + self.memory(x))[0]
-
-    def init_state(self, batch: int) -> TitansState:
-        """The state before the first token."""
-        return TitansState(self.memory.init_state(batch), self.attention.init_state(batch))
 
     def step(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         """New tokens x (B, n, dim), usually one, and the state before them, to their features and the state after."""
